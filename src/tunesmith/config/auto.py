@@ -1,0 +1,137 @@
+"""Fills in every `auto` of a recipe from plain facts, with the reason for each value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tunesmith.config.recipe import LoraConfig, Recipe
+
+AUTO_KEYS = (
+    "model.dtype",
+    "data.validation",
+    "data.max_length",
+    "method.rank",
+    "method.alpha",
+    "train.epochs",
+    "train.global_batch",
+    "train.micro_batch_tokens",
+    "train.learning_rate",
+    "checkpoint.every_steps",
+)
+
+EPOCHS_BY_ROWS = ((100, 15), (1_000, 10), (10_000, 2), (100_000, 1))
+"""The rule of thumb of the Chinese SFT guides: small data wants many passes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the values depend on, without torch."""
+
+    num_rows: int
+    longest_tokens: int
+    context_tokens: int
+    hidden_size: int
+    device_kind: str
+    has_fast_bf16: bool
+    free_bytes: int
+    """Memory left for activations once weights, gradients and optimizer are in place."""
+    activation_bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A recipe without any `auto`, and why each of them became what it is."""
+
+    recipe: Recipe
+    reasons: dict[str, str]
+
+
+def resolve(recipe: Recipe, facts: Facts) -> Resolved:
+    """Replaces every `auto`; values given by the user stay."""
+    values = recipe.model_dump(mode="json")
+    reasons: dict[str, str] = {}
+
+    def fill(key: str, value: object, reason: str) -> object:
+        section, name = key.split(".")
+        if values[section].get(name) == "auto":
+            values[section][name] = value
+            reasons[key] = reason
+        return values[section].get(name)
+
+    fill("model.dtype", *_dtype(facts))
+    fill("data.max_length", *_max_length(facts))
+    held_out = fill("data.validation", *_validation(facts))
+    num_train = facts.num_rows - _count(held_out, facts.num_rows)
+    if isinstance(recipe.method, LoraConfig):
+        rank = fill("method.rank", 16, "enough for a task of one's own; 8 to 64 differ little")
+        fill("method.alpha", 2 * float(str(rank)), "twice the rank")
+    fill("train.epochs", *_epochs(num_train))
+    batch = fill("train.global_batch", *_global_batch(num_train))
+    fill("train.learning_rate", *_learning_rate(recipe, facts))
+    longest = min(facts.longest_tokens, int(values["data"]["max_length"]))
+    fill("train.micro_batch_tokens", *_micro_batch_tokens(facts, longest))
+    steps = values["train"]["max_steps"] or (
+        math.ceil(num_train / int(str(batch))) * values["train"]["epochs"]
+    )
+    every = min(500, max(1, math.ceil(steps / 10)))
+    fill("checkpoint.every_steps", every, "ten times in the run, at least every 500 steps")
+    return Resolved(Recipe.model_validate(values), reasons)
+
+
+def _dtype(facts: Facts) -> tuple[str, str]:
+    if facts.has_fast_bf16:
+        return "bfloat16", f"this {facts.device_kind} computes bfloat16 fast"
+    return "float32", f"bfloat16 is slow or absent on this {facts.device_kind}"
+
+
+def _max_length(facts: Facts) -> tuple[int, str]:
+    if facts.longest_tokens <= facts.context_tokens:
+        return max(8, facts.longest_tokens), "the longest sample"
+    return facts.context_tokens, f"the model's context; the longest is {facts.longest_tokens}"
+
+
+def _validation(facts: Facts) -> tuple[int, str]:
+    if facts.num_rows < 10:
+        return 0, f"{facts.num_rows} rows are too few to hold any out"
+    count = min(1000, max(1, round(0.1 * facts.num_rows)))
+    return count, "10 % of the rows, at most 1,000"
+
+
+def _count(held_out: object, num_rows: int) -> int:
+    if isinstance(held_out, float):
+        return max(1, round(held_out * num_rows))
+    return held_out if isinstance(held_out, int) else 0
+
+
+def _epochs(num_train: int) -> tuple[int, str]:
+    """Interpolates EPOCHS_BY_ROWS in the logarithm of the rows."""
+    points = EPOCHS_BY_ROWS
+    rows = min(max(num_train, points[0][0]), points[-1][0])
+    for (low, more), (high, less) in zip(points, points[1:], strict=False):
+        if rows <= high:
+            share = math.log(rows / low) / math.log(high / low)
+            epochs = round(more + share * (less - more))
+            return epochs, f"{num_train:,} rows; the best checkpoint is kept"
+    return points[-1][1], f"{num_train:,} rows"
+
+
+def _global_batch(num_train: int) -> tuple[int, str]:
+    return min(256, max(1, round(0.002 * num_train))), "0.2 % of the rows, 1 to 256"
+
+
+def _learning_rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
+    """LoRA wants about ten times the rate of full tuning, narrow models more than wide ones."""
+    is_lora = isinstance(recipe.method, LoraConfig)
+    rate = (2e-4 if is_lora else 2e-5) * math.sqrt(2048 / facts.hidden_size)
+    digits = 1 - math.floor(math.log10(rate))
+    return round(rate, digits), f"{recipe.method.name} on a model {facts.hidden_size} wide"
+
+
+def _micro_batch_tokens(facts: Facts, longest: int) -> tuple[int, str]:
+    # More than this no longer makes the matrix products faster; a CPU also loses its caches.
+    most = 2048 if facts.device_kind == "cpu" else 16384
+    fits = int(0.8 * facts.free_bytes / max(1, facts.activation_bytes_per_token))
+    tokens = max(longest, min(most, fits // 256 * 256))
+    gib = facts.activation_bytes_per_token * tokens / 2**30
+    return tokens, f"about {gib:.1f} GiB of activations on this {facts.device_kind}"

@@ -1,0 +1,1 @@
+"""Any format in, packed batches out."""

@@ -1,0 +1,61 @@
+"""The event stream of a run: appended to `events.jsonl`, handed to listeners."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from tunesmith.types import Event, Json, Listener
+
+Kind = Literal["start", "step", "evaluation", "checkpoint", "resume", "warning", "done"]
+
+
+class EventLog:
+    """Writes events, one JSON object a line, and passes them on."""
+
+    def __init__(self, path: Path, listeners: Sequence[Listener] = ()) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._listeners = tuple(listeners)
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def emit(self, kind: Kind, step: int, data: Mapping[str, Json] | None = None) -> None:
+        """Writes one event and tells the listeners."""
+        event = Event(kind, step, time.time(), data or {})
+        line: dict[str, Json] = {"event": kind, "step": step, "time": round(event.time, 3)}
+        self._file.write(json.dumps({**line, **event.data}, ensure_ascii=False) + "\n")
+        self._file.flush()
+        for listener in self._listeners:
+            listener(event)
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events that count, in step order.
+
+    After a crash, steps past the last checkpoint run again and log again: of several events of one
+    kind for one step the last counts. A torn last line (the process was killed in it) is skipped.
+    """
+    latest: dict[tuple[int, str], dict[str, Any]] = {}
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                event: dict[str, Any] = json.loads(line)
+            except ValueError:
+                continue
+            latest[event["step"], event["event"]] = event
+    yield from (latest[key] for key in sorted(latest, key=lambda key: key[0]))

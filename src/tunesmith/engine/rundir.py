@@ -1,0 +1,121 @@
+"""The run directory: its files, whose it is, and whether a run may go on in it.
+
+recipe.yaml, recipe.resolved.yaml, events.jsonl, checkpoints/, model/, loss.png, summary.json
+(written last: a run with a summary is finished).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from tunesmith.config.load import differing_keys, dump_recipe, recipe_from
+from tunesmith.config.recipe import Recipe
+from tunesmith.errors import DiskError, RunError
+from tunesmith.io.atomic import write_atomic
+from tunesmith.io.lock import directory_lock
+from tunesmith.types import Json
+
+HARMLESS_KEYS = ("log", "checkpoint", "output")
+"""What may change between two starts of a run without changing its numbers."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def events(self) -> Path:
+        """The event stream."""
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The result."""
+        return self.path / "model"
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What the finished run measured; None while it is not finished."""
+        file = self.path / "summary.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def resolved(self) -> Recipe | None:
+        """The recipe with all its values, as an earlier start resolved it."""
+        return _read_recipe(self.path / "recipe.resolved.yaml")
+
+    def save_recipes(self, recipe: Recipe, resolved: Recipe, reasons: dict[str, str]) -> None:
+        """Writes down what was asked for and what it was resolved to."""
+        write_atomic(self.path / "recipe.resolved.yaml", dump_recipe(resolved, reasons))
+        write_atomic(self.path / "recipe.yaml", dump_recipe(recipe))
+
+    def save_summary(self, summary: dict[str, Json]) -> None:
+        """Marks the run as finished."""
+        write_atomic(self.path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+
+
+def open_run(recipe: Recipe, *, restart: bool = False) -> RunDirectory:
+    """Makes or reopens the run directory of a recipe.
+
+    With `restart` an earlier run is moved aside, never deleted.
+
+    Raises:
+        RunError: the directory holds something else (`run.foreign`), or a run of a recipe whose
+            numbers differ (`run.recipe-changed`).
+        DiskError: it cannot be written (`disk.write`).
+    """
+    path = Path(recipe.output)
+    if restart and path.exists():
+        with directory_lock(path):  # not while another process works in it
+            pass
+        path.rename(path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".lock").touch()
+    except OSError as error:
+        raise DiskError(
+            "disk.write",
+            str(path),
+            found=error.strerror or str(error),
+            expected="a folder that can be written",
+            try_="choose another `output`",
+        ) from error
+    old = _read_recipe(path / "recipe.yaml")
+    others = [item.name for item in path.iterdir() if not item.name.startswith(".")]
+    if old is None and set(others) - {"recipe.resolved.yaml"}:
+        raise RunError(
+            "run.foreign",
+            str(path),
+            found=f"a folder that is no run: {', '.join(sorted(others)[:6])}",
+            expected="an empty folder or an earlier start of this run",
+            try_="choose another `output`",
+        )
+    changed = differing_keys(old, recipe, ignore=HARMLESS_KEYS) if old is not None else []
+    if changed:
+        raise RunError(
+            "run.recipe-changed",
+            str(path),
+            found="an earlier run with another recipe: " + "; ".join(changed),
+            expected="the same recipe, to go on exactly",
+            try_="--restart trains anew (the old run is kept aside), or choose another `output`",
+        )
+    return RunDirectory(path)
+
+
+def _read_recipe(file: Path) -> Recipe | None:
+    if not file.exists():
+        return None
+    tree = cast("dict[str, Json]", yaml.safe_load(file.read_text(encoding="utf-8")))
+    return recipe_from(tree, where=str(file))

@@ -1,0 +1,101 @@
+"""Files and directories that appear whole or not at all.
+
+Covered: a crash of the process or the machine at any moment leaves the old content or the new.
+Not covered: network file systems whose rename is not atomic.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tunesmith.errors import DiskError
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replaces a file's content in one step.
+
+    Raises:
+        DiskError: the file cannot be written (`disk.write`).
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    content = data.encode() if isinstance(data, str) else data
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _disk_error(path, error) from error
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields a temporary directory that becomes `path` when the block ends without an error.
+
+    An existing `path` is replaced. Files are synced to disk before the rename.
+
+    Raises:
+        DiskError: something in it cannot be written (`disk.write`).
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                _sync_file(file)
+        sync_directory(temporary)
+        if path.exists():
+            # Two renames, so that a reader sees the old one, nothing, or the new one, never a mix.
+            old = path.with_name(f".tmp-{os.getpid()}-old-{path.name}")
+            path.replace(old)
+            temporary.replace(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise _disk_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Removes what a killed process left half-written in `folder`."""
+    for item in folder.glob(".tmp-*"):
+        if item.is_dir():
+            shutil.rmtree(item, ignore_errors=True)
+        else:
+            item.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames in a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _disk_error(path: Path, error: OSError) -> DiskError:
+    return DiskError(
+        "disk.write",
+        str(path),
+        found=error.strerror or str(error),
+        expected="a place that can be written",
+        try_="free some space, or choose another `output`",
+    )

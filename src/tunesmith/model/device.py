@@ -1,0 +1,52 @@
+"""What this machine offers: device, memory, and whether bfloat16 is fast on it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The device a run computes on."""
+
+    kind: str
+    name: str
+    memory_bytes: int
+    has_fast_bf16: bool
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The torch device."""
+        return torch.device(self.kind)
+
+
+def find_device() -> Device:
+    """The accelerator if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Device(
+            "cuda", properties.name, properties.total_memory, torch.cuda.is_bf16_supported()
+        )
+    if torch.backends.mps.is_available():
+        return Device("mps", "Apple GPU", _system_memory(), has_fast_bf16=False)
+    # bfloat16 without these instructions is 10x slower than float32 (AVX2: 9.8 against 94 GFLOP/s).
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+    name = f"CPU, {torch.get_num_threads()} threads"
+    return Device("cpu", name, _system_memory(), has_fast_bf16=has_bf16)
+
+
+def peak_memory_bytes(device: Device) -> int:
+    """The most memory this process has used on the device so far."""
+    if device.kind == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _system_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,186 @@
+"""Finds and loads models and tokenizers: hub ids, folders, GGUF files, built-in ones."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config.recipe import ModelConfig
+from tunesmith.errors import ModelError
+from tunesmith.model.builtin import PREFIX, find_builtin
+from tunesmith.model.gguf import convert_gguf
+from tunesmith.ops.attention import attend
+from tunesmith.types import Reporter, Tokenizer
+
+PACKED_ATTENTION = "tunesmith"
+"""Name of `ops.attention.attend` in transformers' attention registry."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model's files are: a folder on disk, or a hub id with its revision."""
+
+    label: str
+    path: str
+    revision: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are in a folder here."""
+        return Path(self.path).is_dir()
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Arguments for `from_pretrained`."""
+        revision = {} if self.revision is None else {"revision": self.revision}
+        return {"pretrained_model_name_or_path": self.path, **revision}
+
+
+def find_model(model: ModelConfig, reporter: Reporter, folder: Path | None = None) -> ModelSource:
+    """Finds a model, converting GGUF on first use; no weights are loaded.
+
+    Args:
+        model: the recipe's model.
+        reporter: told about a conversion.
+        folder: where relative paths are tried before the working directory.
+
+    Raises:
+        ModelError: nothing usable is there (`model.*`).
+    """
+    if model.id.startswith(PREFIX):
+        return ModelSource(model.id, str(convert_gguf(find_builtin(model.id), reporter)))
+    for base in (folder, Path()):
+        path = (base or Path()) / Path(model.id).expanduser()
+        if path.is_file() and path.suffix == ".gguf":
+            return ModelSource(model.id, str(convert_gguf(path, reporter)))
+        if path.is_dir():
+            return ModelSource(model.id, str(path.resolve()))
+        if path.is_file():
+            raise ModelError(
+                "model.not-a-model", str(path), found="a file", expected="a folder or a .gguf file"
+            )
+    looks_like_path = model.id.startswith((".", "/", "~")) or model.id.endswith(".gguf")
+    if looks_like_path or not HUB_ID.fullmatch(model.id):
+        parent = Path(model.id).expanduser().parent
+        names = [item.name for item in parent.iterdir()] if parent.is_dir() else []
+        near = difflib.get_close_matches(Path(model.id).name, names, n=1)
+        raise ModelError(
+            "model.missing",
+            "model",
+            found=f"no folder or file {model.id}",
+            expected="a model folder, a .gguf file, a hub id, or builtin:smollm2-135m",
+            try_=f"did you mean {parent / near[0]}?" if near else None,
+        )
+    return ModelSource(model.id, model.id, model.revision)
+
+
+def check_weights_exist(source: ModelSource) -> None:
+    """Refuses a folder that holds no model, before any data is read.
+
+    Raises:
+        ModelError: `model.not-a-model`, with what the folder holds.
+    """
+    if not source.is_local:
+        return
+    folder = Path(source.path)
+    names = sorted(item.name for item in folder.iterdir())
+    if "adapter_config.json" in names:
+        raise ModelError(
+            "model.is-adapter",
+            source.path,
+            found="an adapter",
+            expected="the model it was made for",
+            try_="name the base model (see base_model_name_or_path in adapter_config.json)",
+        )
+    has_weights = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
+    if "config.json" not in names or not has_weights:
+        ggufs = [name for name in names if name.endswith(".gguf")]
+        raise ModelError(
+            "model.not-a-model",
+            source.path,
+            found=f"a folder with {', '.join(names[:8]) or 'nothing'}",
+            expected="config.json and .safetensors files",
+            try_=f"name the file: {folder / ggufs[0]}" if ggufs else None,
+        )
+
+
+def load_tokenizer(source: ModelSource) -> Tokenizer:
+    """Loads a model's tokenizer.
+
+    Raises:
+        ModelError: there is none (`model.no-tokenizer`), or the hub cannot be reached.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source.place)
+    except (OSError, ValueError) as error:
+        raise _load_error(source, error, "model.no-tokenizer", "a tokenizer") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            "model.slow-tokenizer",
+            source.label,
+            found=f"{type(tokenizer).__name__}, which has no tokenizer.json",
+            expected="a fast tokenizer (tokenizer.json)",
+        )
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            "model.no-eos",
+            source.label,
+            found="a tokenizer without an EOS token",
+            expected="eos_token in tokenizer_config.json: it teaches the model where to stop",
+        )
+    return tokenizer
+
+
+def load_config(source: ModelSource) -> Any:
+    """Loads a model's configuration.
+
+    Raises:
+        ModelError: `model.no-config`, or the hub cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(**source.place)
+    except (OSError, ValueError) as error:
+        raise _load_error(source, error, "model.no-config", "a model configuration") from error
+
+
+def load_model(source: ModelSource, *, dtype: str = "auto", attention: str = "sdpa") -> Any:
+    """Loads a causal language model's weights onto the CPU, in eval mode.
+
+    Args:
+        source: from `find_model`.
+        dtype: float32, bfloat16, or auto for the files' own.
+        attention: a name in transformers' attention registry.
+
+    Raises:
+        ModelError: the files cannot be read as a causal language model (`model.unreadable`).
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    # A name that has no mask function: transformers then builds no mask (masking_utils.py).
+    AttentionInterface.register(PACKED_ATTENTION, attend)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            **source.place, dtype=dtype, attn_implementation=attention
+        )
+    except (OSError, ValueError) as error:
+        raise _load_error(source, error, "model.unreadable", "a causal language model") from error
+
+
+def _load_error(source: ModelSource, error: Exception, code: str, expected: str) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    try_ = None
+    if not source.is_local:
+        try_ = (
+            "check the id and the network, `hf auth login` for gated models, or name a folder "
+            "on disk"
+        )
+    return ModelError(code, source.label, found=reason, expected=expected, try_=try_)

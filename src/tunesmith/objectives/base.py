@@ -1,0 +1,35 @@
+"""What an objective is; `objectives/__init__.py` lists them by name.
+
+A new objective is one file with a class, and one line in OBJECTIVES there. Those to come have their
+places here: pretrain (lm.py), reward (reward.py), dpo, kto, orpo, simpo (preference.py), ppo, grpo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from tunesmith.types import PackedBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an objective says about one micro-batch.
+
+    `loss_sum` is a sum over supervised weight, not a mean: the loop divides it by the weight of the
+    whole global batch, so that accumulation over micro-batches is exact.
+    """
+
+    loss_sum: torch.Tensor
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+
+
+class Objective(Protocol):
+    """A pure function of model and batch."""
+
+    def step(self, model: Any, batch: PackedBatch) -> StepResult:
+        """Loss and metrics of one micro-batch; `batch` is on the model's device."""
+        ...

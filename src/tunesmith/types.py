@@ -1,0 +1,288 @@
+"""Canonical samples, rendered spans, packed batches and the protocols between the layers.
+
+Shape letters: T tokens of a packed batch, N supervised rows of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
+
+T = TypeVar("T")
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+# Samples: what a row of any format becomes. Later objectives add Text, Preference and Rated.
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a sample came from; the line counts from 1."""
+
+    path: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One function call; the arguments stay the JSON text that the data had."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation; weight 0 keeps an assistant message out of the loss."""
+
+    role: Role
+    content: str | None
+    tool_calls: tuple[ToolCall, ...] = ()
+    reasoning: str | None = None
+    name: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order, with the tools the assistant may call (OpenAI's function objects)."""
+
+    messages: tuple[Message, ...]
+    origin: Origin
+    tools: tuple[dict[str, Json], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A plain prompt and its continuation."""
+
+    prompt: str
+    completion: str
+    origin: Origin
+
+
+Sample: TypeAlias = Conversation | Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of rendered text; a positive weight makes its tokens carry loss."""
+
+    text: str
+    weight: float = 0.0
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the tokens of this span carry loss."""
+        return self.weight > 0.0
+
+
+# Batches
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The segment table of a packed batch: how many tokens each sequence has, as host integers."""
+
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First token of each segment, and one past the last token of all."""
+        return (0, *accumulate(self.lengths))
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest segment."""
+        return max(self.lengths)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Neighbours of equal length as (first token, number of segments, length)."""
+        runs: list[tuple[int, int, int]] = []
+        for start, length in zip(self.starts, self.lengths, strict=False):
+            if runs and runs[-1][2] == length:
+                first, count, _ = runs[-1]
+                runs[-1] = (first, count + 1, length)
+            else:
+                runs.append((start, 1, length))
+        return tuple(runs)
+
+    @cached_property
+    def _cumulative(self) -> dict[torch.device, torch.Tensor]:
+        return {}
+
+    def cumulative(self, device: torch.device) -> torch.Tensor:
+        """`starts` as an int32 tensor, made once per device (varlen attention reads it)."""
+        if device not in self._cumulative:
+            import torch
+
+            self._cumulative[device] = torch.tensor(self.starts, dtype=torch.int32, device=device)
+        return self._cumulative[device]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences laid end to end without padding, and the list of what is supervised.
+
+    Row `row_N[i]` of the hidden states predicts `target_N[i]` with loss weight `weight_N[i]`, for
+    sample `sample_N[i]`.
+    """
+
+    ids_T: torch.Tensor
+    position_T: torch.Tensor
+    segments: Segments
+    row_N: torch.Tensor
+    target_N: torch.Tensor
+    weight_N: torch.Tensor
+    sample_N: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the batch, all of them real."""
+        return int(self.ids_T.numel())
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with its tensors on another device."""
+        return PackedBatch(
+            ids_T=self.ids_T.to(device, non_blocking=True),
+            position_T=self.position_T.to(device, non_blocking=True),
+            segments=self.segments,
+            row_N=self.row_N.to(device, non_blocking=True),
+            target_N=self.target_N.to(device, non_blocking=True),
+            weight_N=self.weight_N.to(device, non_blocking=True),
+            sample_N=self.sample_N.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """All micro-batches of one optimizer step, with the weight that the loss is divided by."""
+
+    epoch: int
+    sample_ids: tuple[int, ...]
+    micro_batches: tuple[PackedBatch, ...]
+    supervised_weight: float
+    num_supervised: int
+    num_tokens: int
+
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened in a run; `events.jsonl` holds one a line."""
+
+    kind: Literal["start", "step", "evaluation", "checkpoint", "resume", "warning", "done"]
+    step: int
+    time: float
+    data: Mapping[str, Json] = field(default_factory=dict[str, Json])
+
+
+class Listener(Protocol):
+    """Anything that follows the event stream: the console, plots, trackers."""
+
+    def __call__(self, event: Event) -> None:
+        """Takes one event, in order."""
+        ...
+
+
+# Progress of work that is not a training step: reading, tokenizing, converting
+
+
+class Reporter(Protocol):
+    """Shows a person what long work is going on; silent by default."""
+
+    def note(self, text: str) -> None:
+        """Says one line."""
+        ...
+
+    def track(self, label: str, items: Iterable[T], total: int | None = None) -> Iterator[T]:
+        """Passes the items on, showing how many went by."""
+        ...
+
+    def waiting(self, label: str) -> AbstractContextManager[object]:
+        """Shows that something without a countable length goes on."""
+        ...
+
+
+class SilentReporter:
+    """The Reporter for programs: says nothing."""
+
+    def note(self, text: str) -> None:
+        """Says nothing."""
+
+    def track(self, label: str, items: Iterable[T], total: int | None = None) -> Iterator[T]:
+        """Passes the items on."""
+        return iter(items)
+
+    def waiting(self, label: str) -> AbstractContextManager[object]:
+        """Shows nothing."""
+        return nullcontext()
+
+
+# Tokenizers: data and model never see each other; they meet here
+
+
+class Encoding(Protocol):
+    """Token ids of one text with the character range each came from."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class BackendTokenizer(Protocol):
+    """The `tokenizers` object inside a fast tokenizer."""
+
+    def encode_batch(self, input: list[str], *, add_special_tokens: bool) -> list[Any]:
+        """Encodes many texts on all cores."""
+        ...
+
+    def to_str(self) -> str:
+        """The whole tokenizer as JSON."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """What tunesmith needs of a transformers tokenizer."""
+
+    chat_template: Any
+    eos_token: Any
+    eos_token_id: Any
+    bos_token: Any
+
+    @property
+    def backend_tokenizer(self) -> BackendTokenizer:
+        """The fast tokenizer underneath."""
+        ...
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """Texts of the special tokens."""
+        ...
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """Renders messages through the chat template."""
+        ...
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any:
+        """Token texts of ids."""
+        ...
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> Any:
+        """Text of ids."""
+        ...
