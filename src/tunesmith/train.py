@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.config.auto import Facts, Resolved, resolve
-from tunesmith.config.load import LoadedRecipe
+from tunesmith.config.auto import AUTO_KEYS, Facts, Resolved, resolve
+from tunesmith.config.load import LoadedRecipe, flatten
 from tunesmith.config.recipe import LoraConfig, Recipe, SourceConfig
 from tunesmith.data.loader import Loader
 from tunesmith.data.plan import Split, make_split
@@ -128,7 +128,7 @@ def train(
         with EventLog(run_dir.events, listeners) as events, StopSignal() as stop:
             run = build(job, run_dir, events, stop, reporter)
             state = restore(run, job.data_key)
-            events.emit("start", state.step, {"num_steps": run.num_steps, "model": job.source.label})
+            events.emit("start", state.step, overview(job, loaded.recipe))
             state = fit(run, state)
             summary = finish(run, run_dir, job, state)
             events.emit("done", state.step, summary)
@@ -204,6 +204,35 @@ def finish(run: Run, run_dir: RunDirectory, job: Job, state: TrainState) -> dict
     plot_loss(list(read_events(run_dir.events)), run_dir.path / "loss.png", label)
     run_dir.save_summary(summary)
     return summary
+
+
+def overview(job: Job, asked: Recipe) -> dict[str, Json]:
+    """What a run will do, for the start event and `tunesmith plan`."""
+    split, store = job.split, job.split.train_store
+    text = (
+        f"{job.source.label}: {len(split.train):,} samples to train on, "
+        f"{len(split.validation):,} to validate on, {int(store.lengths().sum()):,} tokens; "
+        f"template: {job.template}"
+    )
+    notes = [f"{count:,} samples: {note}" for note, count in job.notes.items()]
+    for count, what in (
+        (split.num_truncated, f"longer than {job.loader.max_length} tokens, their end is cut off"),
+        (split.num_dropped, f"longer than {job.loader.max_length} tokens, left out"),
+        (split.num_unsupervised, "without anything to learn, left out"),
+    ):
+        if count:
+            notes.append(f"{count:,} samples {what}")
+    wanted, values = flatten(asked.model_dump()), flatten(job.resolved.recipe.model_dump())
+    auto: dict[str, Json] = {k: values[k] for k in AUTO_KEYS if wanted.get(k) == "auto"}
+    reasons: dict[str, Json] = {k: job.resolved.reasons.get(k, "as before") for k in auto}
+    return {
+        "num_steps": job.num_steps,
+        "model": job.source.label,
+        "overview": text,
+        "notes": list(notes),
+        "auto": auto,
+        "reasons": reasons,
+    }
 
 
 def _open(

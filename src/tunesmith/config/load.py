@@ -76,7 +76,7 @@ def dump_recipe(recipe: Recipe, reasons: Mapping[str, str] | None = None) -> str
 
 def differing_keys(old: Recipe, new: Recipe, *, ignore: Iterable[str] = ()) -> list[str]:
     """Lines `key: old -> new` for every value that differs, keys under `ignore` left out."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in dict.fromkeys([*before, *after])
@@ -85,11 +85,12 @@ def differing_keys(old: Recipe, new: Recipe, *, ignore: Iterable[str] = ()) -> l
     ]
 
 
-def _flatten(value: object, prefix: str = "") -> dict[str, object]:
+def flatten(value: object, prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted keys."""
     if isinstance(value, dict) and value:
-        flat: dict[str, object] = {}
+        flat: dict[str, Any] = {}
         for key, item in cast("dict[str, object]", value).items():
-            flat.update(_flatten(item, f"{prefix}.{key}" if prefix else key))
+            flat.update(flatten(item, f"{prefix}.{key}" if prefix else key))
         return flat
     return {prefix: value}
 

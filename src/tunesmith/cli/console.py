@@ -1,0 +1,176 @@
+"""What a person sees while tunesmith works: spinners, bars, and the run's event stream."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tunesmith.types import Event, Json
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Without a terminal a line appears this often instead of a moving bar."""
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' own bars and notices off the screen; errors still come through."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+class ConsoleReporter:
+    """The Reporter for terminals."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def note(self, text: str) -> None:
+        """Says one line."""
+        self.console.print(text, highlight=False)
+
+    def track(self, label: str, items: Iterable[T], total: int | None = None) -> Iterator[T]:
+        """Passes items on under a moving bar that goes away at the end."""
+        columns = (SpinnerColumn(), TextColumn(label), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield from progress.track(items, total=total)
+
+    def waiting(self, label: str) -> AbstractContextManager[object]:
+        """Shows a spinner."""
+        return self._spin(label) if self.console.is_terminal else self._say(label)
+
+    @contextmanager
+    def _spin(self, label: str) -> Iterator[None]:
+        with self.console.status(f"{label} ..."):
+            yield
+
+    @contextmanager
+    def _say(self, label: str) -> Iterator[None]:
+        self.console.print(f"{label} ...", highlight=False)
+        yield
+
+
+class RunDisplay:
+    """A Listener that shows a run: resolved values, a bar, evaluations, a summary."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress: Progress | None = None
+        self.task: Any = None
+        self.num_steps = 0
+        self.last_line = 0.0
+        self.last_loss = "-"
+
+    def __call__(self, event: Event) -> None:
+        """Shows one event."""
+        show = getattr(self, f"_on_{event.kind}", None)
+        if show is not None:
+            show(event)
+
+    def close(self) -> None:
+        """Ends the bar; safe to call at any time."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def _on_start(self, event: Event) -> None:
+        self.num_steps = int(str(event.data["num_steps"]))
+        if not self.console.is_terminal:
+            return
+        self.progress = Progress(
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.progress.start()
+        self.task = self.progress.add_task(
+            "train", total=self.num_steps, completed=event.step, text=""
+        )
+
+    def _on_step(self, event: Event) -> None:
+        data = event.data
+        text = (
+            f"loss {_number(data['loss'], 4)}  val {self.last_loss}  "
+            f"lr {_number(data['learning_rate'], 2, 'e')}  {_number(data['tokens_per_second'], 0)} "
+            "tok/s"
+        )
+        if self.progress is not None:
+            self.progress.update(self.task, completed=event.step, text=text)
+        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES or event.step in (
+            1,
+            self.num_steps,
+        ):
+            self.last_line = time.monotonic()
+            self.console.print(f"step {event.step}/{self.num_steps}  {text}", highlight=False)
+
+    def _on_evaluation(self, event: Event) -> None:
+        self.last_loss = _number(event.data["loss"], 4)
+        when = "before training" if event.step == 0 else f"step {event.step}"
+        best = "  [green]best so far[/green]" if event.data["best"] else ""
+        self.console.print(f"validation loss {self.last_loss}  ({when}){best}", highlight=False)
+
+    def _on_resume(self, event: Event) -> None:
+        self.console.print(f"going on from step {event.step} ({event.data['checkpoint']})")
+
+    def _on_warning(self, event: Event) -> None:
+        self.console.print(f"[yellow]warning:[/yellow] {event.data['message']}", highlight=False)
+
+    def _on_done(self, event: Event) -> None:
+        self.close()
+
+
+def show_summary(console: Console, summary: dict[str, Json]) -> None:
+    """Prints a finished run's figures."""
+    table = Table(title="Result", show_header=False, title_justify="left")
+    peak = float(str(summary["peak_memory_bytes"])) / 2**30
+    before, after = summary["eval_loss_before"], summary["eval_loss"]
+    rows = {
+        "train_loss": _number(summary["train_loss"], 4),
+        "eval_loss": _number(after, 4) if after is not None else "no validation rows",
+        "eval_loss before training": _number(before, 4) if before is not None else "-",
+        "best step": str(summary["best_step"]) if summary["best_step"] is not None else "-",
+        "steps / epochs": f"{summary['steps']} / {summary['epochs']}",
+        "runtime": format_seconds(float(str(summary["runtime_seconds"]))),
+        "samples per second": _number(summary["samples_per_second"], 2),
+        "tokens per second": _number(summary["tokens_per_second"], 0),
+        "trained parameters": f"{int(str(summary['trained_parameters'])):,}",
+        "peak memory": f"{peak:.2f} GiB",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    if before is not None and after is not None and float(str(after)) >= float(str(before)):
+        console.print(
+            "[yellow]warning:[/yellow] validation did not get better than before training: try a "
+            "lower train.learning_rate, or look at the data with `tunesmith preview`"
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """Time as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _number(value: Json, digits: int, kind: str = "f") -> str:
+    return f"{float(str(value)):,.{digits}{kind}}"

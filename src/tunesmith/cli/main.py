@@ -1,0 +1,135 @@
+"""The `tunesmith` command. Each command's module is loaded when it is called: --help needs no torch."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from tunesmith import __version__
+from tunesmith.errors import Interrupted, TunesmithError
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Turn a pretrained language model into a specialist on your own data.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[str, typer.Argument(help="The recipe (YAML).", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Values that replace the recipe's.", metavar="[KEY.PATH=VALUE]..."),
+]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Train anew; an earlier run is kept aside.")
+    ] = False,
+) -> None:
+    """Fine-tune a model by a recipe; run again, it goes on where it stopped."""
+    from tunesmith.cli.train import run_train
+
+    run_train(recipe, overrides or [], restart=restart)
+
+
+@app.command()
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many.")] = 3,
+) -> None:
+    """Show the first samples token by token, as the model will see them."""
+    from tunesmith.cli.preview import run_preview
+
+    run_preview(recipe, overrides or [], num_samples=samples)
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Show steps, tokens, resolved values, time and memory, without training."""
+    from tunesmith.cli.plan import run_plan
+
+    run_plan(recipe, overrides or [])
+
+
+@app.command()
+def chat(
+    target: Annotated[
+        str, typer.Argument(help="A run directory, adapter, model, or hub id.", metavar="MODEL")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Answer this one message and leave.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", min=0, help="0 is exact (greedy).")
+    ] = 0.7,
+    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1)] = 0.9,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 512,
+    seed: Annotated[int | None, typer.Option("--seed", help="Repeatable sampling.")] = None,
+) -> None:
+    """Talk to a model."""
+    from tunesmith.cli.chat import run_chat
+    from tunesmith.infer.generate import Sampling
+
+    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+    run_chat(target, prompt=prompt, system=system, sampling=sampling)
+
+
+@app.command()
+def quickstart(
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Run directory.")
+    ] = "runs/quickstart",
+    restart: Annotated[bool, typer.Option("--restart", help="Train anew.")] = False,
+) -> None:
+    """Fine-tune the built-in model on a small task and show the difference."""
+    from tunesmith.cli.quickstart import run_quickstart
+
+    run_quickstart(output, restart=restart)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"tunesmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main() -> None:
+    """Runs the command line; errors print without a traceback and exit with their code."""
+    is_debug = "--debug" in sys.argv
+    try:
+        app()
+    except Interrupted as stop:
+        typer.echo(f"\n{stop}", err=True)
+        sys.exit(128 + stop.signal_number)
+    except TunesmithError as error:
+        if is_debug:
+            traceback.print_exc()
+        typer.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; nothing of a run is lost", err=True)
+        sys.exit(130)

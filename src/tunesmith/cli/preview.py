@@ -1,0 +1,125 @@
+"""`tunesmith preview`: the first samples, token by token, as the model will see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from tunesmith.cli.console import ConsoleReporter, quiet_libraries
+from tunesmith.config.load import LoadedRecipe, load_recipe
+from tunesmith.data.columns import read_samples
+from tunesmith.data.templates import Renderer, install_template
+from tunesmith.data.tokenize import TokenSequence, encode_samples
+from tunesmith.errors import DataError, Problem
+from tunesmith.model.load import find_model, load_tokenizer
+from tunesmith.types import Sample, Tokenizer
+
+
+def run_preview(recipe: str, overrides: Sequence[str], *, num_samples: int) -> None:
+    """Prints the first samples of a recipe's training data; needs a tokenizer, not a model."""
+    console = Console()
+    loaded = load_recipe(recipe, overrides)
+    quiet_libraries()
+    source = find_model(loaded.recipe.model, ConsoleReporter(console), loaded.folder)
+    tokenizer = load_tokenizer(source)
+    template = install_template(tokenizer, loaded.recipe.data.template, loaded.folder)
+    renderer = Renderer(tokenizer, dict(loaded.recipe.data.template_arguments))
+    console.print(f"template: {template}", highlight=False)
+    console.print(_legend(console))
+    for sample in first_samples(loaded, num_samples):
+        segments = renderer.render(sample)
+        if isinstance(segments, Problem):
+            raise DataError([segments])
+        sequences = encode_samples(tokenizer.backend_tokenizer, [segments])[0]
+        show_sample(console, tokenizer, sample, sequences, loaded.recipe.data.max_length)
+    for note, count in renderer.notes.items():
+        console.print(f"note ({count} of {num_samples} or fewer samples): {note}", highlight=False)
+
+
+def first_samples(loaded: LoadedRecipe, count: int) -> list[Sample]:
+    """The first good samples; problems among them are an error.
+
+    Raises:
+        DataError: a row before the last of them is wrong.
+    """
+    rows = (
+        row
+        for source in loaded.recipe.data.train
+        for row in read_samples(source, loaded.locate(source.path))
+    )
+    first = list(islice(rows, count))
+    problems = [row for row in first if isinstance(row, Problem)]
+    if problems:
+        raise DataError(problems)
+    return [row for row in first if not isinstance(row, Problem)]
+
+
+def show_sample(
+    console: Console,
+    tokenizer: Tokenizer,
+    sample: Sample,
+    sequences: Sequence[TokenSequence],
+    max_length: int | str,
+) -> None:
+    """Prints the sequences of one sample with their counts."""
+    for number, sequence in enumerate(sequences, start=1):
+        total, learned = len(sequence.ids), sum(run[1] for run in sequence.runs)
+        part = f", sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""
+        console.rule(f"{sample.origin}{part}", align="left", style="dim")
+        console.print(token_text(tokenizer, sequence, console))
+        line = f"{total} tokens, {learned} supervised ({100 * learned / max(total, 1):.0f} %)"
+        if isinstance(max_length, int) and total > max_length:
+            line += f"; cut off after {max_length} tokens"
+        console.print(line, style="dim", highlight=False)
+
+
+def token_text(tokenizer: Tokenizer, sequence: TokenSequence, console: Console) -> Text:
+    """Every token between bars; supervised ones in green, in brackets where there is no color."""
+    supervised = np.zeros(len(sequence.ids), dtype=bool)
+    for first, length, _ in sequence.runs:
+        supervised[first : first + length] = True
+    has_color = console.color_system is not None
+    special = set(tokenizer.all_special_tokens)
+    text = Text()
+    was_supervised = False
+    for piece, is_supervised in readable_tokens(tokenizer, sequence.ids.tolist(), supervised):
+        if not has_color and is_supervised != was_supervised:
+            text.append("[" if is_supervised else "]")
+        style = "bold black on green" if is_supervised else "default"
+        if piece in special:
+            style = "bold white on dark_green" if is_supervised else "magenta"
+        text.append(piece.replace("\n", "↵\n"), style=style)
+        text.append("|", style="dim")
+        was_supervised = is_supervised
+    if was_supervised and not has_color:
+        text.append("]")
+    return text
+
+
+def readable_tokens(
+    tokenizer: Tokenizer, ids: Sequence[int], supervised: Iterable[bool]
+) -> Iterable[tuple[str, bool]]:
+    """Token texts; tokens that share a character are shown together, with their number."""
+    pending: list[int] = []
+    for token, is_supervised in zip(ids, supervised, strict=True):
+        pending.append(token)
+        text = str(tokenizer.decode(pending, skip_special_tokens=False))
+        if "\ufffd" in text and len(pending) < 8:
+            continue
+        yield text if len(pending) == 1 else f"{text}({len(pending)})", is_supervised
+        pending = []
+    if pending:
+        yield str(tokenizer.decode(pending)), False
+
+
+def _legend(console: Console) -> Text:
+    if console.color_system is None:
+        return Text("[supervised tokens], | between tokens, ↵ a line break, (3) three tokens")
+    legend = Text("supervised", style="bold black on green")
+    legend.append("  special", style="not bold magenta on default")
+    legend.append("  | between tokens, ↵ a line break, (3) three tokens", style="not bold dim")
+    return legend

@@ -1,0 +1,80 @@
+"""Loads anything one can talk to: a run directory, an adapter, a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.config.recipe import ModelConfig
+from tunesmith.errors import ModelError
+from tunesmith.model.device import find_device
+from tunesmith.model.load import ModelSource, check_weights_exist, find_model
+from tunesmith.model.load import load_model, load_tokenizer
+from tunesmith.types import Reporter, Tokenizer
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A model ready to generate, with its tokenizer."""
+
+    model: Any
+    tokenizer: Tokenizer
+    label: str
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: the tokenizer's EOS and the model's own list."""
+        own = self.model.generation_config.eos_token_id
+        ids = own if isinstance(own, list) else [own]
+        return sorted({int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None})
+
+
+def open_chat_model(target: str, reporter: Reporter) -> ChatModel:
+    """Loads a run directory, an adapter folder, a model folder, a GGUF file, or a hub id.
+
+    Weights keep the number format of their files, so that answers equal those of a plain
+    transformers script.
+
+    Raises:
+        ModelError: there is nothing to load (`model.*`); a run that has no result yet
+            (`model.unfinished-run`).
+    """
+    path = Path(target).expanduser()
+    if (path / "recipe.resolved.yaml").exists():
+        path = path / "model"
+        if not path.is_dir():
+            raise ModelError(
+                "model.unfinished-run",
+                target,
+                found="a run without a model/ folder: it has not finished",
+                expected="a finished run",
+                try_="run the same `tunesmith train` again to finish it, or name a folder under "
+                f"{path.parent / 'checkpoints'}",
+            )
+    with reporter.waiting(f"Loading {target}"):
+        if (path / "adapter_config.json").exists():
+            return _open_adapter(path, target, reporter)
+        source = find_model(ModelConfig(id=str(path) if path.exists() else target), reporter)
+        check_weights_exist(source)
+        model = load_model(source)
+        return _ready(model, load_tokenizer(source), target)
+
+
+def _open_adapter(path: Path, label: str, reporter: Reporter) -> ChatModel:
+    from peft import PeftModel
+
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    base = find_model(ModelConfig(id=config["base_model_name_or_path"]), reporter)
+    model = PeftModel.from_pretrained(load_model(base), path)
+    has_tokenizer = (path / "tokenizer.json").exists()
+    tokenizer = load_tokenizer(ModelSource(label, str(path)) if has_tokenizer else base)
+    return _ready(model, tokenizer, label)
+
+
+def _ready(model: Any, tokenizer: Tokenizer, label: str) -> ChatModel:
+    device: torch.device = find_device().torch_device
+    return ChatModel(model.to(device).eval(), tokenizer, label)
