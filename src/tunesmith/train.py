@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from tunesmith.config.auto import AUTO_KEYS, Facts, Resolved, resolve
-from tunesmith.config.load import LoadedRecipe, flatten
-from tunesmith.config.recipe import LoraConfig, Recipe, SourceConfig
+from tunesmith.config.load import LoadedRecipe
+from tunesmith.config.recipe import LoraConfig
 from tunesmith.data.loader import Loader
-from tunesmith.data.plan import Split, make_split
-from tunesmith.data.store import StoreInputs, TokenStore, open_store
-from tunesmith.data.templates import Renderer, install_template
 from tunesmith.engine.checkpoint import Checkpoints
 from tunesmith.engine.events import EventLog, read_events
 from tunesmith.engine.loop import Run, fit, restore
@@ -29,81 +24,13 @@ from tunesmith.engine.signals import StopSignal
 from tunesmith.engine.state import TrainState
 from tunesmith.evaluate.plots import plot_loss
 from tunesmith.export.result import result_card, write_result
-from tunesmith.io.cache import cache_folder
 from tunesmith.io.lock import directory_lock
+from tunesmith.job import Job, overview, prepare
 from tunesmith.model.adapters import attach, load_weights, save_weights, trainable_parameters
-from tunesmith.model.device import Device, find_device, peak_memory_bytes
-from tunesmith.model.load import PACKED_ATTENTION, ModelSource, check_weights_exist, find_model
-from tunesmith.model.load import load_config, load_model, load_tokenizer
-from tunesmith.model.memory import Needs, Sizes, estimate_needs, measure_config
+from tunesmith.model.device import peak_memory_bytes
+from tunesmith.model.load import PACKED_ATTENTION, load_model
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.types import Json, Listener, Reporter, SilentReporter, Tokenizer
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything known about a run before its weights are loaded."""
-
-    source: ModelSource
-    tokenizer: Tokenizer
-    template: str
-    notes: dict[str, int]
-    resolved: Resolved
-    split: Split
-    sizes: Sizes
-    needs: Needs
-    device: Device
-    loader: Loader
-    data_key: str
-    num_steps: int
-
-
-def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = None) -> Job:
-    """Config -> data: checks model and data, tokenizes, splits, and fills in every `auto`.
-
-    Args:
-        loaded: the recipe.
-        reporter: shows long work.
-        resolved: the values of an earlier start, to go on with exactly these.
-    """
-    recipe, data = loaded.recipe, loaded.recipe.data
-    source = find_model(recipe.model, reporter, loaded.folder)
-    check_weights_exist(source)
-    tokenizer = load_tokenizer(source)
-    template = install_template(tokenizer, data.template, loaded.folder)
-    renderer = Renderer(tokenizer, dict(data.template_arguments))
-    store = _open(data.train, renderer, loaded, reporter)
-    held_out = data.validation if isinstance(data.validation, list) else []
-    validation_store = _open(held_out, renderer, loaded, reporter) if held_out else None
-    device, sizes = find_device(), measure_config(load_config(source))
-    needs = estimate_needs(sizes, recipe, is_bf16=device.has_fast_bf16)
-    facts = Facts(
-        num_rows=store.num_samples,
-        longest_tokens=int(store.longest_of_samples().max()),
-        context_tokens=sizes.context_tokens,
-        hidden_size=sizes.hidden_size,
-        device_kind=device.kind,
-        has_fast_bf16=device.has_fast_bf16,
-        free_bytes=int(0.6 * device.memory_bytes) - needs.weight_bytes - needs.optimizer_bytes,
-        activation_bytes_per_token=needs.activation_bytes_per_token,
-    )
-    values = Resolved(resolved, {}) if resolved is not None else resolve(recipe, facts)
-    train, max_length = values.recipe.train, values.recipe.data.max_length
-    if "auto" in (max_length, train.global_batch, train.micro_batch_tokens, train.epochs):
-        raise ValueError("the recipe is not resolved")
-    split = make_split(
-        values.recipe.data, store, validation_store, max_length=int(max_length), seed=train.seed
-    )
-    batch, budget = int(train.global_batch), int(train.micro_batch_tokens)
-    loader = Loader(store, split.train, batch, budget, int(max_length), train.seed)
-    num_steps = loader.steps_per_epoch * int(train.epochs)
-    if train.max_steps is not None:
-        num_steps = min(num_steps, train.max_steps)
-    notes = {**store.notes, **(validation_store.notes if validation_store else {})}
-    key = store.key + (validation_store.key if validation_store else "")
-    return Job(
-        source, tokenizer, template, notes, values, split, sizes, needs, device, loader, key, num_steps
-    )
+from tunesmith.types import Json, Listener, Reporter, SilentReporter
 
 
 def train(
@@ -204,39 +131,3 @@ def finish(run: Run, run_dir: RunDirectory, job: Job, state: TrainState) -> dict
     plot_loss(list(read_events(run_dir.events)), run_dir.path / "loss.png", label)
     run_dir.save_summary(summary)
     return summary
-
-
-def overview(job: Job, asked: Recipe) -> dict[str, Json]:
-    """What a run will do, for the start event and `tunesmith plan`."""
-    split, store = job.split, job.split.train_store
-    text = (
-        f"{job.source.label}: {len(split.train):,} samples to train on, "
-        f"{len(split.validation):,} to validate on, {int(store.lengths().sum()):,} tokens; "
-        f"template: {job.template}"
-    )
-    notes = [f"{count:,} samples: {note}" for note, count in job.notes.items()]
-    for count, what in (
-        (split.num_truncated, f"longer than {job.loader.max_length} tokens, their end is cut off"),
-        (split.num_dropped, f"longer than {job.loader.max_length} tokens, left out"),
-        (split.num_unsupervised, "without anything to learn, left out"),
-    ):
-        if count:
-            notes.append(f"{count:,} samples {what}")
-    wanted, values = flatten(asked.model_dump()), flatten(job.resolved.recipe.model_dump())
-    auto: dict[str, Json] = {k: values[k] for k in AUTO_KEYS if wanted.get(k) == "auto"}
-    reasons: dict[str, Json] = {k: job.resolved.reasons.get(k, "as before") for k in auto}
-    return {
-        "num_steps": job.num_steps,
-        "model": job.source.label,
-        "overview": text,
-        "notes": list(notes),
-        "auto": auto,
-        "reasons": reasons,
-    }
-
-
-def _open(
-    sources: list[SourceConfig], renderer: Renderer, loaded: LoadedRecipe, reporter: Reporter
-) -> TokenStore:
-    places = [(source, loaded.locate(source.path)) for source in sources]
-    return open_store(StoreInputs(places, renderer, cache_folder("stores")), reporter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from rich.console import Console
@@ -31,7 +32,7 @@ def run_chat(target: str, *, prompt: str | None, system: str | None, sampling: S
 def _talk(
     chat: ChatModel, start: list[dict[str, Any]], sampling: Sampling, console: Console
 ) -> None:
-    import readline  # noqa: F401 - gives input() line editing and history
+    importlib.import_module("readline")  # gives input() line editing and history
 
     messages = list(start)
     while True:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
-from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from tunesmith.types import Event, Json
@@ -54,12 +61,12 @@ class ConsoleReporter:
         return self._spin(label) if self.console.is_terminal else self._say(label)
 
     @contextmanager
-    def _spin(self, label: str) -> Iterator[None]:
+    def _spin(self, label: str) -> Generator[None]:
         with self.console.status(f"{label} ..."):
             yield
 
     @contextmanager
-    def _say(self, label: str) -> Iterator[None]:
+    def _say(self, label: str) -> Generator[None]:
         self.console.print(f"{label} ...", highlight=False)
         yield
 

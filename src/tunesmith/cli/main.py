@@ -1,4 +1,4 @@
-"""The `tunesmith` command. Each command's module is loaded when it is called: --help needs no torch."""
+"""The `tunesmith` command; a command's module loads when it is called: --help needs no torch."""
 
 from __future__ import annotations
 
@@ -110,9 +110,7 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Options before the command."""
 

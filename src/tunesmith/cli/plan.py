@@ -12,10 +12,11 @@ from rich.table import Table
 from tunesmith.cli.console import ConsoleReporter, format_seconds, quiet_libraries
 from tunesmith.cli.train import auto_table
 from tunesmith.config.load import load_recipe
-from tunesmith.train import Job, overview, prepare
-
-EFFICIENCY = 0.45
-"""Share of the plain matrix-product rate that a training step reaches: 0.3 to 0.6 measured."""
+from tunesmith.job import Job, overview, prepare
+from tunesmith.model.adapters import attach
+from tunesmith.model.load import load_config, random_model
+from tunesmith.objectives import OBJECTIVES
+from tunesmith.types import PackedBatch
 
 
 def run_plan(recipe: str, overrides: Sequence[str]) -> None:
@@ -23,7 +24,8 @@ def run_plan(recipe: str, overrides: Sequence[str]) -> None:
     console = Console()
     loaded = load_recipe(recipe, overrides)
     quiet_libraries()
-    job = prepare(loaded, ConsoleReporter(console))
+    reporter = ConsoleReporter(console)
+    job = prepare(loaded, reporter)
     facts = overview(job, loaded.recipe)
     console.print(str(facts["overview"]), highlight=False)
     notes = facts["notes"]
@@ -32,12 +34,14 @@ def run_plan(recipe: str, overrides: Sequence[str]) -> None:
     values, reasons = facts["auto"], facts["reasons"]
     if isinstance(values, dict) and isinstance(reasons, dict):
         console.print(auto_table(values, reasons))
-    console.print(_estimates(job))
+    with reporter.waiting("Timing a few layers"):
+        estimates = _estimates(job)
+    console.print(estimates)
 
 
 def _estimates(job: Job) -> Table:
     tokens = _count_tokens(job)
-    seconds = tokens["all"] * job.needs.flops_per_token / (EFFICIENCY * measure_rate(job))
+    seconds = tokens["all"] * measure_seconds_per_token(job)
     recipe = job.resolved.recipe
     activations = job.needs.activation_bytes_per_token * tokens["largest"]
     memory = job.needs.weight_bytes + job.needs.optimizer_bytes + activations + 2**29
@@ -48,9 +52,9 @@ def _estimates(job: Job) -> Table:
         "validate on",
         "tokens to train on": f"{tokens['all']:,}, all real (no padding), "
         f"{100 * tokens['supervised'] / max(tokens['all'], 1):.0f} % supervised",
-        "trained parameters": f"{job.needs.trained_parameters:,} of {job.sizes.num_parameters:,}",
+        "trained parameters": f"{job.sizes.num_trained:,} of {job.sizes.num_parameters:,}",
         "method": f"{recipe.method.name}, {recipe.model.dtype}, on {job.device.name}",
-        "estimated time": f"{format_seconds(seconds)} of training (by a factor of two)",
+        "estimated time": f"{format_seconds(seconds)} of training, validation not counted",
         "estimated memory": f"{memory / 2**30:.1f} GiB at the peak",
         "run directory": recipe.output,
     }
@@ -71,17 +75,31 @@ def _count_tokens(job: Job) -> dict[str, int]:
     }
 
 
-def measure_rate(job: Job, seconds: float = 0.3) -> float:
-    """Floating-point operations per second of a plain matrix product in the run's number format."""
-    dtype = torch.bfloat16 if job.resolved.recipe.model.dtype == "bfloat16" else torch.float32
-    rows, inner, columns = 512, job.sizes.hidden_size, job.sizes.intermediate_size
-    a = torch.randn(rows, inner, device=job.device.torch_device).to(dtype)
-    b = torch.randn(inner, columns, device=job.device.torch_device).to(dtype)
-    a @ b
-    count, started = 0, time.perf_counter()
-    while (spent := time.perf_counter() - started) < seconds:
-        float((a @ b)[0, 0])  # waits for the device
-        count += 1
-    return 2.0 * rows * inner * columns * count / spent
+def measure_seconds_per_token(job: Job) -> float:
+    """Times a training step of this model's own layers, with random weights.
+
+    Models of one and of three layers are timed on one real micro-batch; all others follow on the
+    line through them.
+    """
+    batch = max(job.loader.batch(0).micro_batches, key=lambda micro: micro.num_tokens)
+    one, three = (_time_layers(job, count, batch) for count in (1, 3))
+    per_layer = max(0.0, (three - one) / 2)
+    return (one + per_layer * (job.sizes.num_layers - 1)) / batch.num_tokens
 
 
+def _time_layers(job: Job, num_layers: int, batch: PackedBatch) -> float:
+    recipe, device = job.resolved.recipe, job.device.torch_device
+    is_bf16 = recipe.model.dtype == "bfloat16"
+    config = load_config(job.source)
+    config.get_text_config().num_hidden_layers = num_layers
+    model = attach(random_model(config, is_bf16=is_bf16), recipe.method).to(device)
+    objective = OBJECTIVES[recipe.objective.name]()
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+            loss = objective.step(model, batch.to(device)).loss_sum
+        loss.backward()
+        float(loss.detach())  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return best

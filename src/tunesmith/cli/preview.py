@@ -37,7 +37,7 @@ def run_preview(recipe: str, overrides: Sequence[str], *, num_samples: int) -> N
         sequences = encode_samples(tokenizer.backend_tokenizer, [segments])[0]
         show_sample(console, tokenizer, sample, sequences, loaded.recipe.data.max_length)
     for note, count in renderer.notes.items():
-        console.print(f"note ({count} of {num_samples} or fewer samples): {note}", highlight=False)
+        console.print(f"note ({count} of these samples): {note}", highlight=False)
 
 
 def first_samples(loaded: LoadedRecipe, count: int) -> list[Sample]:
@@ -69,7 +69,7 @@ def show_sample(
     for number, sequence in enumerate(sequences, start=1):
         total, learned = len(sequence.ids), sum(run[1] for run in sequence.runs)
         part = f", sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""
-        console.rule(f"{sample.origin}{part}", align="left", style="dim")
+        console.print(f"\n{sample.origin}{part}", style="bold", highlight=False)
         console.print(token_text(tokenizer, sequence, console))
         line = f"{total} tokens, {learned} supervised ({100 * learned / max(total, 1):.0f} %)"
         if isinstance(max_length, int) and total > max_length:

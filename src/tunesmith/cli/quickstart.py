@@ -39,7 +39,7 @@ def quickstart_recipe(output: str) -> LoadedRecipe:
         "model": MODEL,
         "data": {"train": str(DATA / "train.jsonl"), "validation": 0},
         "method": {"name": "lora", "rank": 16},
-        "train": {"epochs": 8, "global_batch": 4, "learning_rate": 1e-3, "warmup": 0.05},
+        "train": {"epochs": 5, "global_batch": 4, "learning_rate": 1.5e-3, "warmup": 0.05},
         "output": output,
     }
     return LoadedRecipe(recipe_from(tree), "quickstart", Path.cwd())

@@ -1,0 +1,1 @@
+"""Recipes: reading, checking, and filling in what a user left open."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tunesmith.config.recipe import LoraConfig, Recipe
 
@@ -45,6 +46,17 @@ class Resolved:
 
     recipe: Recipe
     reasons: dict[str, str]
+
+
+def number(value: int | str) -> int:
+    """A resolved whole number.
+
+    Raises:
+        ValueError: it is still `auto`: the recipe was not resolved.
+    """
+    if isinstance(value, str):
+        raise ValueError(f"an unresolved value: {value}")
+    return value
 
 
 def resolve(recipe: Recipe, facts: Facts) -> Resolved:
@@ -108,7 +120,7 @@ def _epochs(num_train: int) -> tuple[int, str]:
     """Interpolates EPOCHS_BY_ROWS in the logarithm of the rows."""
     points = EPOCHS_BY_ROWS
     rows = min(max(num_train, points[0][0]), points[-1][0])
-    for (low, more), (high, less) in zip(points, points[1:], strict=False):
+    for (low, more), (high, less) in pairwise(points):
         if rows <= high:
             share = math.log(rows / low) / math.log(high / low)
             epochs = round(more + share * (less - more))

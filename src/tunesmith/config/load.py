@@ -211,9 +211,7 @@ def _validate(tree: dict[str, Any], places: Mapping[KeyPath, str], where: str) -
         raise _first_error(error, places, where) from None
 
 
-def _first_error(
-    error: ValidationError, places: Mapping[KeyPath, str], where: str
-) -> RecipeError:
+def _first_error(error: ValidationError, places: Mapping[KeyPath, str], where: str) -> RecipeError:
     problems = error.errors(include_url=False)
     # An unknown key says most about what went wrong, so it goes first.
     problem = next((item for item in problems if item["type"] == "extra_forbidden"), problems[0])

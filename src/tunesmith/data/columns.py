@@ -7,8 +7,13 @@ from pathlib import Path
 
 from tunesmith.config.recipe import SourceConfig
 from tunesmith.data.readers import read_rows
-from tunesmith.data.shapes import MistakeError, from_alpaca, from_completion, from_messages
-from tunesmith.data.shapes import from_sharegpt
+from tunesmith.data.shapes import (
+    MistakeError,
+    from_alpaca,
+    from_completion,
+    from_messages,
+    from_sharegpt,
+)
 from tunesmith.errors import Problem
 from tunesmith.types import Json, Origin, Sample
 

@@ -1,4 +1,4 @@
-"""The global batch of any step, as a pure function of the step: nothing to save, nothing to skip."""
+"""The global batch of any step, a pure function of the step: nothing to save, nothing to skip."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class Loader:
         """The global batch of a step, counted from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
         start = within * self.global_batch
-        chosen = _epoch_order(self.seed, epoch, len(self.samples))[start : start + self.global_batch]
+        chosen = _epoch_order(self.seed, epoch, len(self.samples))[
+            start : start + self.global_batch
+        ]
         ids = [int(sample) for sample in self.samples[chosen]]
         micro_batches = tuple(self._pack(ids))
         return GlobalBatch(

@@ -42,7 +42,7 @@ def from_messages(row: dict[str, Json], origin: Origin) -> Conversation:
     tools = _tools(row.get("tools"))
     if row.get("functions"):
         functions = _objects(row["functions"], "functions")
-        tools += tuple({"type": "function", "function": function} for function in functions)
+        tools += tuple(_as_tool(function) for function in functions)
     return _conversation(messages, tools, origin)
 
 
@@ -83,7 +83,7 @@ def from_alpaca(row: dict[str, Json], origin: Origin) -> Conversation:
 
 
 def from_completion(row: dict[str, Json], origin: Origin) -> Completion | Conversation:
-    """prompt and completion: two texts, or two lists of messages."""
+    """Prompt and completion: two texts, or two lists of messages."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return from_messages({**row, "messages": [*prompt, *completion]}, origin)
@@ -199,15 +199,20 @@ def _tools(value: Json) -> tuple[dict[str, Json], ...]:
     if not value:
         return ()
     tools = _objects(value, "tools")
-    return tuple(
-        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
-    )
+    return tuple(tool if "function" in tool else _as_tool(tool) for tool in tools)
+
+
+def _as_tool(function: dict[str, Json]) -> dict[str, Json]:
+    """OpenAI's wrapper around a bare function object."""
+    return {"type": "function", "function": function}
 
 
 def _objects(value: Json, where: str) -> list[dict[str, Json]]:
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return cast("list[dict[str, Json]]", value)
-    raise MistakeError("data.bad-type", f"{where} = {_show(value)}", f"{where} as a list of objects")
+    raise MistakeError(
+        "data.bad-type", f"{where} = {_show(value)}", f"{where} as a list of objects"
+    )
 
 
 def _text(value: Json, where: str) -> str:

@@ -49,9 +49,7 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        self._arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS
-        }
+        self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
 
     @property
     def key(self) -> str:

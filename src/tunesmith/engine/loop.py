@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.config.auto import number
 from tunesmith.config.recipe import Recipe
 from tunesmith.data.loader import Loader
 from tunesmith.engine.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
@@ -212,9 +213,7 @@ def _evaluate(run: Run, state: TrainState) -> bool:
         return False
     is_best = state.record_evaluation(loss)
     seconds = round(time.perf_counter() - started, 2)
-    run.events.emit(
-        "evaluation", state.step, {"loss": loss, "best": is_best, "seconds": seconds}
-    )
+    run.events.emit("evaluation", state.step, {"loss": loss, "best": is_best, "seconds": seconds})
     return is_best
 
 
@@ -224,9 +223,7 @@ def _stops_early(run: Run, state: TrainState) -> bool:
 
 
 def _save_is_due(run: Run, state: TrainState) -> bool:
-    every = run.recipe.checkpoint.every_steps
-    if every == "auto":
-        raise ValueError("resolve the recipe before training")
+    every = number(run.recipe.checkpoint.every_steps)
     return state.step > 0 and (state.step % every == 0 or run.stop.received is not None)
 
 
@@ -235,9 +232,7 @@ def _save(run: Run, state: TrainState) -> None:
     run.events.emit("checkpoint", state.step, {"path": f"checkpoints/{path.name}"})
 
 
-def _not_finite(
-    run: Run, batch: GlobalBatch, step: int, loss: float, norm: float
-) -> NumbersError:
+def _not_finite(run: Run, batch: GlobalBatch, step: int, loss: float, norm: float) -> NumbersError:
     places = ", ".join(str(origin) for origin in run.loader.origins(batch.sample_ids)[:8])
     return NumbersError(
         "numbers.not-finite",

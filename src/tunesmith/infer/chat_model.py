@@ -12,8 +12,13 @@ import torch
 from tunesmith.config.recipe import ModelConfig
 from tunesmith.errors import ModelError
 from tunesmith.model.device import find_device
-from tunesmith.model.load import ModelSource, check_weights_exist, find_model
-from tunesmith.model.load import load_model, load_tokenizer
+from tunesmith.model.load import (
+    ModelSource,
+    check_weights_exist,
+    find_model,
+    load_model,
+    load_tokenizer,
+)
 from tunesmith.types import Reporter, Tokenizer
 
 

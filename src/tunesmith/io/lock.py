@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tunesmith.errors import LockError
 
 
 @contextmanager
-def directory_lock(folder: Path) -> Iterator[None]:
+def directory_lock(folder: Path) -> Generator[None]:
     """Holds `folder` for this process; the system frees it even after a kill.
 
     Raises:

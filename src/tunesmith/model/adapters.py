@@ -76,7 +76,7 @@ def load_weights(model: Any, folder: Path) -> None:
     missing = sorted(set(targets) - set(stored))
     unknown = sorted(set(stored) - set(targets))
     # A tied head is stored once, under the embedding's name.
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    tied: set[str] = set(getattr(model, "_tied_weights_keys", None) or ())
     missing = [name for name in missing if name not in tied]
     if missing or unknown:
         raise ValueError(f"weights missing: {missing[:5]}, unknown: {unknown[:5]}")

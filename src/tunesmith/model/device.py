@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,7 +36,9 @@ def find_device() -> Device:
     if torch.backends.mps.is_available():
         return Device("mps", "Apple GPU", _system_memory(), has_fast_bf16=False)
     # bfloat16 without these instructions is 10x slower than float32 (AVX2: 9.8 against 94 GFLOP/s).
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+    # torch tells of them in torch.cpu.get_capabilities from 2.13 on only under these names.
+    cpu: Any = torch.cpu
+    has_bf16 = bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
     name = f"CPU, {torch.get_num_threads()} threads"
     return Device("cpu", name, _system_memory(), has_fast_bf16=has_bf16)
 

@@ -46,7 +46,7 @@ def _convert(file: Path, folder: Path) -> None:
 
     place: dict[str, Any] = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         file.parent,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,

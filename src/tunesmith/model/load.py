@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunesmith.config.recipe import ModelConfig
 from tunesmith.errors import ModelError
 from tunesmith.model.builtin import PREFIX, find_builtin
@@ -173,6 +175,17 @@ def load_model(source: ModelSource, *, dtype: str = "auto", attention: str = "sd
         )
     except (OSError, ValueError) as error:
         raise _load_error(source, error, "model.unreadable", "a causal language model") from error
+
+
+def random_model(config: Any, *, is_bf16: bool) -> Any:
+    """A model with random weights that takes packed batches, for timing and tests."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(PACKED_ATTENTION, attend)
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    return AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=PACKED_ATTENTION
+    )
 
 
 def _load_error(source: ModelSource, error: Exception, code: str, expected: str) -> ModelError:

@@ -29,9 +29,9 @@ def supervised_logp(model: Any, batch: PackedBatch) -> torch.Tensor:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden_TH = decode(base, batch)
     hidden_NH = hidden_TH.index_select(0, batch.row_N)
-    head = base.get_output_embeddings()
+    head: Any = base.get_output_embeddings()
     scale, softcap = head_scale(base.config)
-    if isinstance(head, torch.nn.Linear) and head.bias is None:
+    if isinstance(head, torch.nn.Linear) and getattr(head, "bias", None) is None:
         return linear_logp(hidden_NH, head.weight, batch.target_N, scale=scale, softcap=softcap)
     # An adapted or biased head goes the plain way.
     logits_NV = head(hidden_NH).float() * scale

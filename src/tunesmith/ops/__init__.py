@@ -1,0 +1,1 @@
+"""Pure torch operations, each with a slow reference."""

@@ -15,9 +15,7 @@ MAX_ROW_CHARS = 64 << 20
 """A row longer than this is taken for a missing quote."""
 
 
-def read_json_array(
-    path: Path, encoding: str
-) -> Iterator[tuple[int, dict[str, Json] | Problem]]:
+def read_json_array(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, Json] | Problem]]:
     """Yields (line where the object starts, object or problem); stops at broken JSON."""
     scanner = _Scanner(path, encoding)
     try:

@@ -13,9 +13,7 @@ from tunesmith.errors import Problem
 from tunesmith.types import Json
 
 
-def read_json_lines(
-    path: Path, encoding: str
-) -> Iterator[tuple[int, dict[str, Json] | Problem]]:
+def read_json_lines(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, Json] | Problem]]:
     """Yields (line number, object or problem); blank lines are skipped."""
     for number, line in read_lines(path, encoding):
         where = f"{path}:{number}"
@@ -38,5 +36,6 @@ def as_object(value: object, where: str) -> dict[str, Json] | Problem:
     """The value if it is a JSON object, else the problem."""
     if isinstance(value, dict):
         return cast("dict[str, Json]", value)
-    kind = {list: "an array", str: "a string", type(None): "null"}.get(type(value), "a number")
+    names = {"list": "an array", "str": "a string", "NoneType": "null", "bool": "true or false"}
+    kind = names.get(type(value).__name__, "a number")
     return Problem(where, "data.row", kind, "a JSON object with named columns")

@@ -44,9 +44,7 @@ def read_chunks(path: Path, encoding: str) -> Iterator[str | Problem]:
             raw = file.read(CHUNK_BYTES)
 
 
-def encoding_problem(
-    where: str, raw: bytes, encoding: str, error: UnicodeDecodeError
-) -> Problem:
+def encoding_problem(where: str, raw: bytes, encoding: str, error: UnicodeDecodeError) -> Problem:
     """Names the bad byte and, where the bytes look like Chinese text, the encoding to ask for."""
     found = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}, which is no {encoding}"
     expected = f"{encoding} text"

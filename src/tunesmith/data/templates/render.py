@@ -10,7 +10,6 @@ its own.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from typing import Any, TypeAlias
 
@@ -48,6 +47,7 @@ class Renderer:
         self.traits = probe_traits(tokenizer, self.arguments)
         self.is_plain = is_plain(tokenizer)
         self.notes: Counter[str] = Counter()
+        self._said: set[str] = set()
 
     def render(self, sample: Sample) -> list[Segment] | Problem:
         """The sample's sequences, or what the template says against it.
@@ -55,6 +55,12 @@ class Renderer:
         A prompt with a completion is one user and one assistant message, unless the template is
         the plain one: then it is their bare text with EOS.
         """
+        self._said.clear()
+        segments = self._render(sample)
+        self.notes.update(self._said)
+        return segments
+
+    def _render(self, sample: Sample) -> list[Segment] | Problem:
         if isinstance(sample, Completion):
             if self.is_plain:
                 return [self._render_bare(sample)]
@@ -99,7 +105,7 @@ class Renderer:
             segments[-1] += [Span(answer, message.weight), Span(rest)]
             text = prompt + answer + rest
         if len(segments) > 1:
-            self.notes[SPLIT_TURNS] += 1
+            self._said.add(SPLIT_TURNS)
         return segments
 
     def _answer(
@@ -115,20 +121,21 @@ class Renderer:
             answer = full[len(prompt) :]
         else:
             answer = self._after_opened_thinking(prompt, full, message)
-        if "<think>" in answer and "<think>" not in (message.content or ""):
-            self.notes[EMPTY_THINKING] += not message.reasoning
+        is_empty = "<think>" not in (message.content or "") and not message.reasoning
+        if "<think>" in answer and is_empty:
+            self._said.add(EMPTY_THINKING)
         found = [(answer.rfind(mark), mark) for mark in self.traits.end_marks if mark in answer]
         if found:
             start, mark = max(found)
             stop = start + len(mark)
             if not answer[stop:].strip():
                 return prompt, answer[:stop], answer[stop:]
-        self.notes[NO_END_MARK] += 1
+        self._said.add(NO_END_MARK)
         return prompt, answer.rstrip("\n") + str(self.tokenizer.eos_token), ""
 
     def _after_opened_thinking(self, prompt: str, full: str, message: Message) -> str:
         """The answer where the generation prompt opens a thinking block that history leaves out."""
-        shared = os.path.commonprefix([prompt, full])
+        shared = prompt[: _shared_length(prompt, full)]
         opened = prompt[len(shared) :]
         if opened.strip() != "<think>":
             raise ValueError(
@@ -145,10 +152,10 @@ class Renderer:
     def _fit_tools(self, sample: Conversation) -> Conversation:
         has_calls = any(m.tool_calls or m.role == "tool" for m in sample.messages)
         if has_calls and self.traits.call_arguments is None:
-            self.notes[CALLS_AS_TEXT] += 1
+            self._said.add(CALLS_AS_TEXT)
             sample = spell_calls(sample)
         if sample.tools and not self.traits.shows_tools:
-            self.notes[TOOLS_AS_TEXT] += 1
+            self._said.add(TOOLS_AS_TEXT)
             sample = spell_schemas(sample, with_format=self.traits.call_arguments is None)
         return sample
 
@@ -175,6 +182,11 @@ class Renderer:
         elif message.content is None:
             item["content"] = ""
         return item
+
+
+def _shared_length(one: str, other: str) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def unroll(segment: Segment) -> list[tuple[str, Span]]:
