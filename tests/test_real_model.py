@@ -34,7 +34,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_quickstart_teaches_what_the_data_says(quickstart: tuple[Path, str]) -> None:
     folder, text = quickstart
-    shares = json.loads((folder / "run" / "quickstart.json").read_text())
+    shares = json.loads((folder / "run" / "quickstart.json").read_text())["shares"]
     assert shares["seen_before"] <= 0.1
     assert shares["unseen_before"] <= 0.1
     assert shares["seen_after"] >= 0.9

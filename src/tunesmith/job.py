@@ -60,7 +60,9 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     held_out = data.validation if isinstance(data.validation, list) else []
     validation_store = _open(held_out, renderer, loaded, reporter) if held_out else None
     device, sizes = find_device(), measure_config(load_config(source), recipe.method)
-    needs = estimate_needs(sizes, recipe, is_bf16=device.has_fast_bf16)
+    asked = recipe.model.dtype
+    is_bf16 = device.has_fast_bf16 if asked == "auto" else asked == "bfloat16"
+    needs = estimate_needs(sizes, recipe, is_bf16=is_bf16)
     values = Resolved(resolved, {}) if resolved is not None else None
     values = values or resolve(recipe, _facts(store, sizes, needs, device))
     loader, split = _split(values.recipe, store, validation_store)

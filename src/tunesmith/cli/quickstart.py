@@ -75,7 +75,14 @@ def run_quickstart(output: str, *, restart: bool) -> None:
             f"{shares[f'{kind}_after']:.0%} right after",
             highlight=False,
         )
-    write_atomic(Path(output) / "quickstart.json", json.dumps(shares, indent=1))
+    record = {
+        "shares": shares,
+        "answers": [
+            {"question": q.text, "seen": q.is_seen, "before": old, "after": new}
+            for q, old, new in zip(questions, before, after, strict=True)
+        ],
+    }
+    write_atomic(Path(output) / "quickstart.json", json.dumps(record, indent=1))
     runtime = format_seconds(float(str(summary["runtime_seconds"])))
     console.print(
         f"trained for {runtime}. Next: tunesmith chat {output}, then your own data: see README.md",

@@ -59,20 +59,21 @@ def measure_config(config: Any, method: FullConfig | LoraConfig) -> Sizes:
 def estimate_needs(sizes: Sizes, recipe: Recipe, *, is_bf16: bool) -> Needs:
     """Estimates the memory of a recipe on a model.
 
-    Activations per token and layer are those kept for the backward: two residuals, two norm
-    outputs, q, k, v, attention output, gate, up, their product, and the fp32 copies that PEFT's
-    adapters make of their inputs.
+    Activations are the tensors that a decoder layer keeps for its backward, counted with
+    saved_tensors_hooks on Llama layers (H=576, F=1536): 42.7 KB a token in fp32 with LoRA, 46.9 KB
+    without, 27.4 and 25.8 KB in bfloat16, whose norms keep fp32 besides. The formula is within
+    10 % of them. What the allocator holds back is not covered.
     """
     is_lora = isinstance(recipe.method, LoraConfig)
     width = 2 if is_bf16 else 4
     base_width = width if is_lora else 4  # full tuning keeps fp32 weights
-    kept = 8 * sizes.hidden_size + 3 * sizes.intermediate_size
-    copies = (3 * sizes.hidden_size + sizes.intermediate_size) * 4 if is_lora and is_bf16 else 0
+    kept = (8 * sizes.hidden_size + 4 * sizes.intermediate_size) * width
+    norms = 10 * sizes.hidden_size if is_bf16 else 0
     return Needs(
         weight_bytes=sizes.num_parameters * base_width,
         # Two moments and a gradient in fp32, and the adapter's own fp32 weights.
         optimizer_bytes=sizes.num_trained * (8 + 4 + (4 if is_lora else 0)),
-        activation_bytes_per_token=sizes.num_layers * (kept * width + copies),
+        activation_bytes_per_token=sizes.num_layers * (kept + norms),
     )
 
 
