@@ -27,7 +27,7 @@ $(MARK): pyproject.toml constraints.txt
 	touch $@
 
 quickstart: install
-	$(BIN)/tunesmith quickstart --restart
+	$(BIN)/tunesmith quickstart
 
 check: install
 	$(BIN)/ruff format --check .

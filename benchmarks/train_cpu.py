@@ -91,14 +91,14 @@ BEST = PeerSettings()
 CANDIDATES = (
     BEST,
     replace(BEST, head="fused"),
-    replace(BEST, rows_per_forward=4),
-    replace(BEST, rows_per_forward=2),
     replace(BEST, rows_per_forward=1),
     replace(BEST, is_padding_free=True),
+    replace(BEST, has_autocast=False),
+    replace(BEST, weights="float32"),
+    replace(BEST, rows_per_forward=2),
+    replace(BEST, rows_per_forward=4),
     replace(BEST, is_padding_free=True, head="fused"),
     replace(BEST, attention="eager"),
-    replace(BEST, weights="float32"),
-    replace(BEST, has_autocast=False),
     replace(BEST, weights="float32", has_autocast=False),
 )
 
@@ -244,16 +244,20 @@ def tune(
     """Tries every candidate on a few steps; returns the fastest and all figures."""
     short = {**work, "steps": min(work["steps"], options.tune_steps)}
     speeds: dict[PeerSettings, float | None] = {}
-    print(f"{'tokens/s':>9}  TRL's settings ({short['steps']} steps each)", flush=True)
-    for candidate in dict.fromkeys(with_dtype(each, shared.dtype) for each in CANDIDATES):
+    print(f"{'tokens/s':>9}{'/CPU s':>9}  TRL's settings, {short['steps']} steps each", flush=True)
+    fitting = [
+        each for each in CANDIDATES if work["global_batch"] % (each.rows_per_forward or 1) == 0
+    ]
+    for candidate in dict.fromkeys(with_dtype(each, shared.dtype) for each in fitting):
         try:
             measured = run_peer(folder, short, options.peer_python, candidate)
         except ChildError as error:  # a version without it: the others still count
-            print(f"{'failed':>9}  {candidate.label}: {str(error).splitlines()[-1]}", flush=True)
+            print(f"{'failed':>18}  {candidate.label}: {str(error).splitlines()[-1]}", flush=True)
             speeds[candidate] = None
             continue
         speeds[candidate] = tokens_per_second(measured, shared)
-        print(f"{speeds[candidate]:9.1f}  {candidate.label}", flush=True)
+        per_cpu_second = timed_tokens(measured, shared) / measured.cpu_seconds
+        print(f"{speeds[candidate]:9.1f}{per_cpu_second:9.1f}  {candidate.label}", flush=True)
     winner = max(speeds, key=lambda candidate: speeds[candidate] or 0.0)
     return winner, {candidate.label: speed for candidate, speed in speeds.items()}
 
@@ -420,7 +424,7 @@ def load_work(work: Work, folder: Path) -> Any:
                 "max_steps": work.steps,
                 "global_batch": work.global_batch,
                 "learning_rate": work.learning_rate,
-                # Constant: the peers' warm-ups start at 0, ours at 1/n, and cosines differ by a step.
+                # Constant: the peer's warm-up starts at 0 and ours at 1/n.
                 "schedule": "constant",
                 "warmup": 0,
                 "seed": work.seed,
@@ -483,7 +487,7 @@ def measure_peer(folder: Path) -> Measured:
     trainer = build_peer(folder, work, settings, losses)
     trainer.add_callback(clock_callback(clock))
     trainer.train()
-    size = (settings.rows_per_forward or work.global_batch) if settings else work.global_batch
+    size = settings.rows_per_forward or work.global_batch
     per_step = work.global_batch // size
     sums = [sum(losses[at : at + per_step]) for at in range(0, len(losses), per_step)]
     modules = {"transformers": transformers, "peft": peft, "trl": trl}

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Messages = list[dict[str, str]]
 
-# The label that means "no loss here". It is cross_entropy's default `ignore_index`: a target of -100
-# adds nothing to the sum, and is not counted in the mean either. The number itself has no meaning,
-# it only has to be one that no token can have.
+# The label that means "no loss here". It is cross_entropy's default `ignore_index`: a target of
+# -100 adds nothing to the sum, and is not counted in the mean either. The number itself has no
+# meaning, it only has to be one that no token can have.
 IGNORE = -100
 
 CONVERSATIONS: list[Messages] = [

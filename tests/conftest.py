@@ -1,4 +1,4 @@
-"""Fixtures: a byte tokenizer and a tiny model made in code, and the shared folder if it is there."""
+"""Fixtures: a byte tokenizer and a tiny model made in code; the shared folder if it is there."""
 
 from __future__ import annotations
 

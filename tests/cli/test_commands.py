@@ -12,9 +12,7 @@ from tunesmith.cli.main import main
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: object) -> str:

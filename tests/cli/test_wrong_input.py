@@ -133,7 +133,7 @@ def test_all_problems_are_listed_with_their_lines(
     rows = [GOOD, bad_role, {"text": "x"}, *[bad_role] * 30]
     code, text = run("train", recipe(lines(*rows)))
     assert code == 2
-    assert "mine.jsonl:2: data.bad-role: found messages[0] with role \"wizard\"" in text
+    assert 'mine.jsonl:2: data.bad-role: found messages[0] with role "wizard"' in text
     assert "mine.jsonl:3: data.columns" in text
     assert "and 12 more problems (32 in all)" in text
     assert "Traceback" not in text

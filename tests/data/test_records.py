@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tunesmith.data.readers import Row, read_rows, text
 from tunesmith.data.readers.json_array import read_json_array
-from tunesmith.errors import DataError, Problem
+from tunesmith.errors import DataError, Problem, UserError
 
 ROWS: list[dict[str, Any]] = [{"n": n, "text": f"第{n}行"} for n in range(1, 10)]
 
@@ -47,7 +47,7 @@ def refusal(path: Path) -> DataError:
     return caught.value
 
 
-@pytest.fixture(params=[1, 7, 64, 1 << 20])
+@pytest.fixture(params=[5, 7, 64, 1 << 20])
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(text, "CHUNK_BYTES", request.param)
     return request.param
@@ -190,6 +190,19 @@ def test_another_format(tmp_path: Path) -> None:
 # Encodings
 
 
+COLUMN_OF_CHUNK = pytest.mark.xfail(
+    strict=True, reason="text.py encoding_problem counts the column from the chunk's start"
+)
+
+
+@pytest.mark.parametrize("form", ["lines", pytest.param("array", marks=COLUMN_OF_CHUNK)])
+def test_a_bad_byte_has_its_column(tmp_path: Path, form: str) -> None:
+    lines = dumped([{"n": 1}, {"text": "今天天气很好"}])
+    rows = read(written(tmp_path / "d.json", FORMATS[form](lines).encode("gbk")))
+    assert isinstance(rows[-1].value, Problem)
+    assert "at column 11," in rows[-1].value.found
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_gbk_is_recognized(tmp_path: Path, form: str) -> None:
     lines = dumped([{"n": 1}, {"text": "今天天气很好，我们去公园散步。"}])
@@ -200,7 +213,6 @@ def test_gbk_is_recognized(tmp_path: Path, form: str) -> None:
     assert isinstance(problem, Problem)
     assert (problem.where, problem.code) == (f"{path}:2", "data.encoding")
     assert "0xbd" in problem.found
-    assert "column 11" in problem.found
     assert "GBK/GB18030" in problem.found
     assert "encoding: gb18030" in problem.expected
 
@@ -242,6 +254,53 @@ def test_a_bad_byte_far_into_an_array(tmp_path: Path, chunk_bytes: int) -> None:
     assert "0xff" in bad[0].value.found
 
 
+@pytest.mark.xfail(strict=True, raises=LookupError, reason="text.py: LookupError is not mapped")
+def test_an_unknown_encoding_is_the_user_s_mistake(tmp_path: Path) -> None:
+    path = written(tmp_path / "d.jsonl", '{"a": 1}\n')
+    try:
+        (row,) = read(path, "gb23l2")
+    except UserError as error:
+        assert "gb23l2" in str(error)
+    else:
+        assert isinstance(row.value, Problem)
+        assert "gb23l2" in row.value.found
+
+
+@pytest.mark.xfail(strict=True, reason="text.py read_lines splits UTF-16 at its 0x0A byte")
+def test_utf_16_lines(tmp_path: Path) -> None:
+    path = written(tmp_path / "d.jsonl", FORMATS["lines"](dumped(ROWS)).encode("utf-16"))
+    assert values(read(path, "utf-16")) == ROWS
+
+
+def test_utf_16_arrays(tmp_path: Path) -> None:
+    path = written(tmp_path / "d.json", json.dumps(ROWS, ensure_ascii=False).encode("utf-16"))
+    assert values(read(path, "utf-16")) == ROWS
+
+
+# Values that JSON allows and nothing behind it can take
+
+
+@pytest.mark.parametrize(
+    ("form", "value"),
+    [
+        pytest.param(form, value, marks=marks, id=f"{form}, {name}")
+        for name, value, arrays, lines in (
+            ("lone surrogate", r'"\ud83d"', "it goes on and breaks the tokenizer", None),
+            ("5000 digits", "9" * 5000, "ValueError is not mapped", None),
+            ("NaN", "NaN", "accepted, while JSON lines refuse it", None),
+            ("deep nesting", "[" * 90_000 + "]" * 90_000, *["RecursionError is not mapped"] * 2),
+        )
+        for form, reason in (("array", arrays), ("lines", lines))
+        for marks in [[pytest.mark.xfail(strict=True, reason=reason)] if reason else []]
+    ],
+)
+def test_values_that_nothing_can_take(tmp_path: Path, form: str, value: str) -> None:
+    (row,) = read(written(tmp_path / "d.json", FORMATS[form](['{"a": ' + value + "}"])))
+    assert isinstance(row.value, Problem)
+    assert row.value.code == "data.json"
+    assert row.line == 1
+
+
 # Arrays, piece by piece
 
 NESTED: list[dict[str, Any]] = [
@@ -264,14 +323,24 @@ def test_arrays_in_pieces_are_json_load(
     assert values(read(path)) == json.loads(content) == NESTED, chunk_bytes
 
 
-def test_a_number_cut_between_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(tmp_path / "d.json", "[123456789, 1.25e+2,12]")
-    found = []
-    for size in range(1, 24):
+def test_numbers_cut_between_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "d.json", '[{"a": 123456789, "b": 1.25e+2, "c": -12}]')
+    for size in range(1, 40):
         monkeypatch.setattr(text, "CHUNK_BYTES", size)
-        found.append([value for _, value in read_json_array(path, "utf-8")])
-    assert all(len(problems) == 3 for problems in found)
-    assert {problem.found for problems in found for problem in problems} == {"a number"}
+        rows = [value for _, value in read_json_array(path, "utf-8")]
+        assert rows == [{"a": 123456789, "b": 125.0, "c": -12}]
+
+
+@pytest.mark.xfail(strict=True, reason="json_array.py value(): `1.` at the end of a piece reads 1")
+def test_numbers_as_rows_cut_between_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "d.json", "[12345, 1.25e+2,12]")
+    found: list[str] = []
+    for size in range(1, 20):
+        monkeypatch.setattr(text, "CHUNK_BYTES", size)
+        found += [value.found for _, value in read_json_array(path, "utf-8")]  # type: ignore
+    assert found == ["a number"] * 3 * 19
 
 
 @pytest.mark.parametrize(
@@ -307,8 +376,10 @@ def test_an_array_that_is_only_opened(tmp_path: Path, content: str) -> None:
     assert [isinstance(row.value, Problem) for row in rows] == [True]
 
 
-def test_text_behind_the_array_is_a_problem(tmp_path: Path) -> None:
-    rows = read(written(tmp_path / "d.json", '[{"a": 1}]\n[{"a": 2}]\n'))
+@pytest.mark.xfail(strict=True, reason="json_array.py: what follows the `]` is left unread")
+@pytest.mark.parametrize("content", ['[{"a": 1}]\n[{"a": 2}]\n', "[]\n{}"])
+def test_text_behind_the_array_is_a_problem(tmp_path: Path, content: str) -> None:
+    rows = read(written(tmp_path / "d.json", content))
     assert isinstance(rows[-1].value, Problem)
     assert rows[-1].line == 2
 
@@ -366,7 +437,7 @@ JSON_VALUES = st.recursive(
 OBJECTS = st.lists(st.dictionaries(JSON_TEXT, JSON_VALUES, max_size=3), max_size=4)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     OBJECTS,
     st.sampled_from([None, 0, 1, 4, "\t"]),
@@ -385,7 +456,7 @@ def test_arrays_round_trip(
         assert values(read(path)) == rows
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(OBJECTS.filter(bool), st.booleans(), st.sampled_from(["\n", "\r\n", "\n\n"]))
 def test_lines_round_trip(rows: list[dict[str, Any]], ascii_only: bool, newline: str) -> None:
     lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, make_byte_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import CHATML, make_byte_tokenizer
 from tunesmith.data.shapes import from_messages
 from tunesmith.data.templates import Renderer, install_template
 from tunesmith.data.templates.choose import is_plain

@@ -86,7 +86,7 @@ def test_sigkill_once(oracle: tuple[Path, dict[str, bytes]], tmp_path: Path) -> 
 @pytest.mark.slow
 def test_sigkill_at_random_moments(oracle: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     recipe, expected = oracle
-    rng = random.Random(os.environ.get("TUNESMITH_SEED", "0"))  # noqa: S311 - not a secret
+    rng = random.Random(os.environ.get("TUNESMITH_SEED", "0"))
     output = tmp_path / "killed"
     kills = 0
     for attempt in range(12):
@@ -186,9 +186,7 @@ def test_one_flipped_bit_is_noticed_and_all_corrupt_stops(
         run_to_end(recipe, output)
 
 
-def test_restart_keeps_the_old_run_aside(
-    tiny_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_restart_keeps_the_old_run_aside(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = tiny_recipe()
     output = tmp_path / "run"
     run_to_end(recipe, output)

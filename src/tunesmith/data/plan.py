@@ -79,15 +79,9 @@ def _usable(
     store: TokenStore, data: DataConfig, max_length: int
 ) -> tuple[npt.NDArray[np.int64], tuple[int, int, int]]:
     """The samples to use, and how many are (truncated, dropped, without anything to learn)."""
-    longest = store.longest_of_samples()
-    is_overlong = longest > max_length
-    keep = ~is_overlong if data.overlong == "drop" else np.ones(len(longest), dtype=bool)
-    num_dropped = int(len(keep) - keep.sum())
-    num_unsupervised = 0
-    for sample in np.flatnonzero(keep):
-        sequences = store.sequences_of(int(sample))
-        if not any(store.sequence(index, max_length).runs for index in sequences):
-            keep[sample] = False
-            num_unsupervised += 1
-    num_truncated = int((is_overlong & keep).sum())
-    return np.flatnonzero(keep), (num_truncated, num_dropped, num_unsupervised)
+    is_overlong = store.longest_of_samples() > max_length
+    is_dropped = is_overlong & (data.overlong == "drop")
+    has_nothing = (store.first_supervised_of_samples() >= max_length) & ~is_dropped
+    keep = ~is_dropped & ~has_nothing
+    counts = int((is_overlong & keep).sum()), int(is_dropped.sum()), int(has_nothing.sum())
+    return np.flatnonzero(keep), counts

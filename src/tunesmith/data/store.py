@@ -100,6 +100,14 @@ class TokenStore:
         """Tokens of every sequence, nothing cut off."""
         return np.diff(self._arrays["offsets"])
 
+    def first_supervised_of_samples(self) -> npt.NDArray[np.int64]:
+        """Place of each sample's earliest supervised token in its sequence; huge if it has none."""
+        starts, stops = self._arrays["run_offsets"][:-1], self._arrays["run_offsets"][1:]
+        first = np.full(len(starts), np.iinfo(np.int64).max)
+        has_runs = stops > starts
+        first[has_runs] = self._arrays["run_first"][starts[has_runs]]
+        return np.minimum.reduceat(first, self._arrays["sample_offsets"][:-1])
+
     def longest_of_samples(self) -> npt.NDArray[np.int64]:
         """Tokens of each sample's longest sequence."""
         return np.maximum.reduceat(self.lengths(), self._arrays["sample_offsets"][:-1])

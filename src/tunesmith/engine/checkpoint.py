@@ -135,4 +135,4 @@ def restore_optimizer(
         parameter = by_name[name]
         state: dict[str, Any] = optimizer.state[parameter]
         # clone: a mapped file's memory is not aligned as torch's own, and sums could differ by it.
-        state[field] = value.to(parameter.device if value.dim() else value.device).clone()
+        state[field] = value.to(parameter.device).clone()

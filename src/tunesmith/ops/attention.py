@@ -39,7 +39,8 @@ def attend(
     if unused.get("s_aux") is not None:
         raise NotImplementedError("attention sinks (s_aux) are not covered by packed attention")
     window = sliding_window if sliding_window and sliding_window < segments.longest else None
-    if query_1HTD.is_cuda and softcap is None and dropout == 0.0:
+    is_half = value_1KTD.dtype in (torch.bfloat16, torch.float16)  # flash attention has no fp32
+    if query_1HTD.is_cuda and is_half and softcap is None and dropout == 0.0:
         out_THD = _attend_varlen(query_1HTD, key_1KTD, value_1KTD, segments, scaling, window)
         return out_THD.unsqueeze(0), None
     pieces: list[torch.Tensor] = []
@@ -97,6 +98,8 @@ def _attend_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     cumulative = segments.cumulative(query_1HTD.device)
+    # Rotary tables in fp32 widen q and k under autocast, which does not know varlen_attn.
+    query_1HTD, key_1KTD = query_1HTD.to(value_1KTD.dtype), key_1KTD.to(value_1KTD.dtype)
     # (w, 0): w tokens back and none ahead; -1 is "all", which makes it plain causal attention.
     reach = -1 if window is None else window - 1
     out = varlen_attn(

@@ -1,0 +1,233 @@
+"""Every `auto` becomes a value with its reason; what the user gave stays."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.config.auto import AUTO_KEYS, EPOCHS_BY_ROWS, Facts, number, resolve
+from tunesmith.config.load import flatten, recipe_from
+from tunesmith.config.recipe import LoraConfig, Recipe, Strict
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FACTS = Facts(
+    num_rows=1000,
+    longest_tokens=300,
+    context_tokens=2048,
+    hidden_size=2048,
+    device_kind="cpu",
+    has_fast_bf16=False,
+    free_bytes=8 << 30,
+    activation_bytes_per_token=1 << 20,
+)
+
+
+def recipe(**sections: Any) -> Recipe:
+    return recipe_from({"model": "m", "data": "d", **sections})
+
+
+def values(recipe: Recipe, **facts: Any) -> dict[str, Any]:
+    resolved = resolve(recipe, dataclasses.replace(FACTS, **facts))
+    return flatten(resolved.recipe.model_dump(mode="json"))
+
+
+def test_every_auto_is_resolved_with_a_reason() -> None:
+    asked = recipe()
+    open_keys = {k for k, v in flatten(asked.model_dump(mode="json")).items() if v == "auto"}
+    # A file's format and the template are looked up per file and tokenizer; output is a name.
+    assert open_keys - set(AUTO_KEYS) == {"data.template", "output"}
+    resolved = resolve(asked, FACTS)
+    found = flatten(resolved.recipe.model_dump(mode="json"))
+    assert set(resolved.reasons) == set(AUTO_KEYS) <= open_keys
+    assert all(found[key] != "auto" for key in AUTO_KEYS)
+    assert all(len(reason) > 10 for reason in resolved.reasons.values())
+    assert resolve(resolved.recipe, FACTS).reasons == {}
+    assert resolve(resolved.recipe, FACTS).recipe == resolved.recipe
+
+
+def test_full_tuning_has_no_rank() -> None:
+    resolved = resolve(recipe(method="full"), FACTS)
+    assert set(resolved.reasons) == set(AUTO_KEYS) - {"method.rank", "method.alpha"}
+
+
+GIVEN: dict[str, Any] = {
+    "model.dtype": "bfloat16",
+    "data.validation": 77,
+    "data.max_length": 99,
+    "method.rank": 3,
+    "method.alpha": 5.0,
+    "train.epochs": 4,
+    "train.global_batch": 6,
+    "train.micro_batch_tokens": 123,
+    "train.learning_rate": 0.5,
+    "checkpoint.every_steps": 9,
+}
+
+
+def tree_of(keys: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {
+        "model": {"id": "m"},
+        "data": {"train": "d"},
+        "method": {"name": "lora"},
+    }
+    for key, value in keys.items():
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = value
+    return tree
+
+
+@pytest.mark.parametrize("key", AUTO_KEYS)
+def test_a_value_given_stays(key: str) -> None:
+    resolved = resolve(recipe_from(tree_of({key: GIVEN[key]})), FACTS)
+    assert flatten(resolved.recipe.model_dump(mode="json"))[key] == GIVEN[key]
+    assert set(resolved.reasons) == set(AUTO_KEYS) - {key}
+
+
+def test_all_values_given_stay() -> None:
+    asked = recipe_from(tree_of(GIVEN))
+    resolved = resolve(asked, FACTS)
+    assert (resolved.recipe, resolved.reasons) == (asked, {})
+
+
+def test_alpha_follows_a_given_rank() -> None:
+    method = resolve(recipe(method={"name": "lora", "rank": 5}), FACTS).recipe.method
+    assert isinstance(method, LoraConfig)
+    assert (method.rank, method.alpha) == (5, 10.0)
+
+
+def test_dtype() -> None:
+    assert values(recipe(), has_fast_bf16=True)["model.dtype"] == "bfloat16"
+    assert values(recipe(), has_fast_bf16=False)["model.dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("longest", "context", "expected"), [(300, 2048, 300), (9000, 2048, 2048), (3, 2048, 8)]
+)
+def test_max_length(longest: int, context: int, expected: int) -> None:
+    found = values(recipe(), longest_tokens=longest, context_tokens=context)
+    assert found["data.max_length"] == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [(1, 0), (9, 0), (10, 1), (14, 1), (15, 2), (200, 20), (9_999, 1000), (10**6, 1000)],
+)
+def test_validation(rows: int, expected: int) -> None:
+    assert values(recipe(), num_rows=rows)["data.validation"] == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs"),
+    [(1, 15), (100, 15), (1000, 10), (10_000, 2), (100_000, 1), (10**7, 1), (316, 13)],
+)
+def test_epochs(rows: int, epochs: int) -> None:
+    # Rows to train on: what is held out does not count.
+    found = values(recipe(data={"train": "d", "validation": 0}), num_rows=rows)
+    assert found["train.epochs"] == epochs
+
+
+def test_epochs_never_rise_with_rows() -> None:
+    asked = recipe(data={"train": "d", "validation": 0})
+    found = [values(asked, num_rows=int(1.3**n) + 1)["train.epochs"] for n in range(50)]
+    assert found == sorted(found, reverse=True)
+    assert {found[0], found[-1]} == {EPOCHS_BY_ROWS[0][1], EPOCHS_BY_ROWS[-1][1]}
+
+
+def test_epochs_count_the_rows_that_are_trained_on() -> None:
+    half = recipe(data={"train": "d", "validation": 0.5})
+    assert values(half, num_rows=2000)["train.epochs"] == 10
+    all_but_100 = recipe(data={"train": "d", "validation": 900})
+    assert values(all_but_100, num_rows=1000)["train.epochs"] == 15
+    own_file = recipe(data={"train": "d", "validation": "v.json"})
+    assert values(own_file, num_rows=100)["train.epochs"] == 15
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch"), [(1, 1), (400, 1), (1000, 2), (10_000, 20), (128_000, 256), (10**7, 256)]
+)
+def test_global_batch(rows: int, batch: int) -> None:
+    found = values(recipe(data={"train": "d", "validation": 0}), num_rows=rows)
+    assert found["train.global_batch"] == batch
+
+
+def test_learning_rate() -> None:
+    assert values(recipe())["train.learning_rate"] == 2e-4
+    assert values(recipe(method="full"))["train.learning_rate"] == 2e-5
+    assert values(recipe(), hidden_size=512)["train.learning_rate"] == 4e-4
+    assert values(recipe(), hidden_size=8192)["train.learning_rate"] == 1e-4
+    assert values(recipe(), hidden_size=576)["train.learning_rate"] == 3.8e-4
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({}, 2048),
+        ({"device_kind": "cuda"}, 6400),  # 80 % of 8192 tokens that fit, in steps of 256
+        ({"device_kind": "cuda", "free_bytes": 1 << 40}, 16384),
+        ({"free_bytes": 1 << 20}, 300),  # the longest sample must go in, whatever it takes
+        ({"free_bytes": -5}, 300),
+        ({"free_bytes": 1 << 20, "longest_tokens": 5000}, 2048),  # cut at max_length
+        ({"activation_bytes_per_token": 0}, 2048),
+    ],
+)
+def test_micro_batch_tokens(facts: dict[str, Any], expected: int) -> None:
+    assert values(recipe(), **facts)["train.micro_batch_tokens"] == expected
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({"epochs": 1, "global_batch": 10}, 9),  # 90 steps
+        ({"epochs": 1, "global_batch": 900}, 1),
+        ({"epochs": 100, "global_batch": 1}, 500),
+        ({"max_steps": 55}, 6),
+    ],
+)
+def test_checkpoints(train: dict[str, Any], expected: int) -> None:
+    assert values(recipe(train=train))["checkpoint.every_steps"] == expected
+
+
+def test_extreme_facts_still_give_a_valid_recipe() -> None:
+    for rows in (1, 2, 10, 10**9):
+        for hidden in (1, 65536):
+            found = values(
+                recipe(), num_rows=rows, hidden_size=hidden, longest_tokens=1, context_tokens=8
+            )
+            assert found["train.learning_rate"] > 0
+
+
+def test_number() -> None:
+    assert number(3) == 3
+    with pytest.raises(ValueError, match="auto"):
+        number("auto")
+
+
+# The recipe's fields
+
+
+def models(model: type[Strict] = Strict) -> list[type[Strict]]:
+    return [inner for child in model.__subclasses__() for inner in (child, *models(child))]
+
+
+def test_every_field_is_read_somewhere() -> None:
+    text = "\n".join(
+        file.read_text(encoding="utf-8")
+        for file in (ROOT / "src" / "tunesmith").rglob("*.py")
+        if file.name != "recipe.py"
+    )
+    fields = {name for model in models() for name in model.model_fields}
+    assert len(fields) > 30
+    unread = {name for name in fields if f".{name}" not in text and f'"{name}"' not in text}
+    assert unread == set()
+
+
+def test_every_field_is_explained() -> None:
+    silent = {
+        f"{model.__name__}.{name}"
+        for model in models()
+        for name, field in model.model_fields.items()
+        if not field.description and name != "name"
+    }
+    assert silent == set()

@@ -1,0 +1,148 @@
+"""Packing: every sequence once, no bin over budget; batches against a naive loop."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunesmith.data.pack import build_batch, pack
+from tunesmith.data.tokenize import Run, TokenSequence
+
+LENGTHS = st.lists(st.integers(1, 60), max_size=60)
+BUDGETS = st.integers(1, 100)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(LENGTHS, BUDGETS)
+def test_each_index_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    bins = pack(lengths, budget)
+    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
+    for members in bins:
+        sizes = [lengths[index] for index in members]
+        assert sum(sizes) <= budget or len(members) == 1
+        assert sizes == sorted(sizes, reverse=True)
+    assert bins == pack(list(lengths), budget)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(LENGTHS.filter(bool), st.integers(60, 200))
+def test_no_two_bins_could_be_one(lengths: list[int], budget: int) -> None:
+    totals = sorted(sum(lengths[i] for i in members) for members in pack(lengths, budget))
+    # Best fit opens a bin only where nothing has room, so at most one is half empty.
+    assert all(total * 2 > budget for total in totals[1:])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "bins"),
+    [
+        ([], 8, []),
+        ([3], 8, [[0]]),
+        ([5, 3, 5, 3], 8, [[0, 1], [2, 3]]),
+        ([9, 8, 1, 20], 8, [[3], [0], [1], [2]]),
+        ([4, 6, 2, 4], 8, [[1, 2], [0, 3]]),
+        ([1, 1, 1], 2, [[0, 1], [2]]),
+    ],
+)
+def test_bins(lengths: list[int], budget: int, bins: list[list[int]]) -> None:
+    assert pack(lengths, budget) == bins
+
+
+# Batches
+
+
+def sequence(length: int, *runs: Run, start: int = 0) -> TokenSequence:
+    return TokenSequence(np.arange(start, start + length, dtype=np.int32), runs)
+
+
+def naive(sequences: list[tuple[int, TokenSequence]]) -> list[tuple[int, int, float, int]]:
+    """(row, target, weight, sample) of every supervised token, found token by token."""
+    found: list[tuple[int, int, float, int]] = []
+    start = 0
+    for sample, item in sequences:
+        for position in range(1, len(item.ids)):
+            found += [
+                (start + position - 1, int(item.ids[position]), weight, sample)
+                for first, length, weight in item.runs
+                if first <= position < first + length
+            ]
+        start += len(item.ids)
+    return found
+
+
+@st.composite
+def sequences_of_a_batch(draw: st.DrawFn) -> list[tuple[int, TokenSequence]]:
+    items: list[tuple[int, TokenSequence]] = []
+    for _ in range(draw(st.integers(1, 6))):
+        length = draw(st.integers(1, 9))
+        edges = sorted(draw(st.sets(st.integers(0, length), max_size=6)))
+        pairs = zip(edges[::2], edges[1::2], strict=False)
+        weights = st.sampled_from([0.25, 0.5, 1.0])
+        runs = tuple((first, stop - first, draw(weights)) for first, stop in pairs)
+        start = draw(st.integers(0, 1000))
+        items.append((draw(st.integers(0, 99)), sequence(length, *runs, start=start)))
+    return items
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(sequences_of_a_batch())
+def test_build_batch_is_the_naive_loop(sequences: list[tuple[int, TokenSequence]]) -> None:
+    batch = build_batch(sequences)
+    rows = zip(
+        batch.row_N.tolist(),
+        batch.target_N.tolist(),
+        batch.weight_N.tolist(),
+        batch.sample_N.tolist(),
+        strict=True,
+    )
+    assert list(rows) == naive(sequences)
+    assert batch.ids_T.tolist() == [token for _, s in sequences for token in s.ids.tolist()]
+    assert batch.position_T.tolist() == [p for _, s in sequences for p in range(len(s.ids))]
+    assert batch.segments.lengths == tuple(len(s.ids) for _, s in sequences)
+    assert batch.num_tokens == sum(batch.segments.lengths)
+
+
+def test_kinds_of_tensors() -> None:
+    batch = build_batch([(0, sequence(3, (1, 2, 1.0)))])
+    kinds = [batch.ids_T, batch.position_T, batch.row_N, batch.target_N, batch.sample_N]
+    assert {tensor.dtype for tensor in kinds} == {torch.int64}
+    assert batch.weight_N.dtype == torch.float32
+
+
+def test_a_supervised_first_token_has_no_predictor() -> None:
+    batch = build_batch([(5, sequence(3, start=10)), (6, sequence(4, (0, 3, 1.0), start=20))])
+    assert batch.row_N.tolist() == [3, 4]
+    assert batch.target_N.tolist() == [21, 22]
+
+
+def test_segments_of_one_token() -> None:
+    batch = build_batch([(0, sequence(1)), (1, sequence(1, (0, 1, 1.0))), (2, sequence(1))])
+    assert batch.row_N.tolist() == []
+    assert batch.position_T.tolist() == [0, 0, 0]
+    assert batch.segments.starts == (0, 1, 2, 3)
+
+
+def test_nothing_supervised() -> None:
+    batch = build_batch([(0, sequence(4)), (1, sequence(2))])
+    for tensor in (batch.row_N, batch.target_N, batch.weight_N, batch.sample_N):
+        assert tensor.numel() == 0
+    assert batch.num_tokens == 6
+
+
+def test_the_segment_table() -> None:
+    segments = build_batch([(0, sequence(n)) for n in (3, 3, 2, 1, 1, 1, 3)]).segments
+    assert segments.starts == (0, 3, 6, 8, 9, 10, 11, 14)
+    assert segments.longest == 3
+    assert segments.runs == ((0, 2, 3), (6, 1, 2), (8, 3, 1), (11, 1, 3))
+    cumulative = segments.cumulative(torch.device("cpu"))
+    assert cumulative.dtype == torch.int32
+    assert cumulative.tolist() == list(segments.starts)
+    assert segments.cumulative(torch.device("cpu")) is cumulative
+
+
+def test_a_batch_on_another_device() -> None:
+    batch = build_batch([(0, sequence(3, (1, 2, 1.0)))])
+    moved = batch.to(torch.device("meta"))
+    names = ["ids_T", "position_T", "row_N", "target_N", "weight_N", "sample_N"]
+    assert {getattr(moved, name).device.type for name in names} == {"meta"}
+    assert moved.segments is batch.segments
