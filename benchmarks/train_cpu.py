@@ -16,8 +16,11 @@ version goes in place of 2.13.0), and on Linux the build for CPUs from torch's o
 
 Without --peer-python tunesmith is measured alone. With --tune every setting in CANDIDATES is tried
 on the first few steps, each figure is printed, and the fastest goes into the comparison; without it
-the peer runs with BEST, the winner of such a try. --repeats takes turns and keeps the fastest
-time of each step, for machines that others use too.
+the peer runs with BEST, the winner of such a try.
+
+Measure on an idle machine: two threads that wait for each other on a shared one lose ten times the
+time that was taken from them. Where that cannot be had, --threads 1 with the tokens per CPU second
+is a fair figure, and --repeats takes turns and keeps the fastest time of each step.
 
 Not covered: memory, accelerators, rows that become several training sequences, and token weights
 other than 0 and 1 (labels cannot express them).
@@ -35,8 +38,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 WARMUP_STEPS = 2
@@ -68,7 +72,7 @@ class PeerSettings:
     """
 
     rows_per_forward: int | None = None  # None is the whole global batch
-    is_padding_free: bool = False
+    is_padding_free: bool = True
     attention: str = "sdpa"
     weights: str = "bfloat16"
     has_autocast: bool = True
@@ -90,25 +94,23 @@ BEST = PeerSettings()
 
 CANDIDATES = (
     BEST,
-    replace(BEST, head="fused"),
-    replace(BEST, rows_per_forward=1),
-    replace(BEST, is_padding_free=True),
-    replace(BEST, has_autocast=False),
-    replace(BEST, weights="float32"),
-    replace(BEST, rows_per_forward=2),
     replace(BEST, rows_per_forward=4),
-    replace(BEST, is_padding_free=True, head="fused"),
-    replace(BEST, attention="eager"),
+    replace(BEST, rows_per_forward=2),
+    replace(BEST, weights="float32"),
+    replace(BEST, has_autocast=False),
     replace(BEST, weights="float32", has_autocast=False),
+    replace(BEST, head="fused"),
+    replace(BEST, attention="eager"),
+    replace(BEST, is_padding_free=False),
+    replace(BEST, is_padding_free=False, rows_per_forward=4),
+    replace(BEST, is_padding_free=False, rows_per_forward=2),
+    replace(BEST, is_padding_free=False, rows_per_forward=1),
+    replace(BEST, is_padding_free=False, head="fused"),
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One training sequence as a peer takes it; -100 marks what carries no loss."""
-
-    input_ids: list[int]
-    labels: list[int]
+Row = dict[str, list[int]]
+"""One training sequence as a peer takes it: input_ids, and labels with -100 for no loss."""
 
 
 @dataclass(frozen=True)
@@ -143,16 +145,8 @@ def main() -> int:
     options = parse_options()
     if options.child:
         return run_child(options.child, options.folder)
-    work = Work(
-        data=str(Path(options.data).resolve()),
-        model=options.model,
-        steps=options.steps,
-        global_batch=options.global_batch,
-        max_length=options.max_length,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-        threads=options.threads,
-    )
+    options.data = str(Path(options.data).resolve())
+    work = Work(**{field.name: getattr(options, field.name) for field in fields(Work)})
     with tempfile.TemporaryDirectory(prefix="train_cpu.") as name:
         folder = Path(name)
         write_json(folder / "work.json", asdict(work))
@@ -189,7 +183,8 @@ def parse_options() -> argparse.Namespace:
 def compare(folder: Path, work: Work, options: argparse.Namespace) -> int:
     """Measures, prints, and returns the exit status."""
     load = os.getloadavg()[0]
-    ours = [run_tunesmith(folder, work)]
+    # This also leaves the rows for the peer in the folder.
+    ours = [run_process(sys.executable, "tunesmith", folder, work.threads)]
     shared = read_shared(folder)
     theirs: list[Measured] = []
     tried: dict[str, float | None] = {}
@@ -200,7 +195,7 @@ def compare(folder: Path, work: Work, options: argparse.Namespace) -> int:
             settings, tried = tune(folder, peer_work, options, shared)
         theirs.append(run_peer(folder, peer_work, options.peer_python, settings))
         for _ in range(options.repeats - 1):
-            ours.append(run_tunesmith(folder, work))
+            ours.append(run_process(sys.executable, "tunesmith", folder, work.threads))
             theirs.append(run_peer(folder, peer_work, options.peer_python, settings))
     sides = {"tunesmith": fastest(ours)} | ({"TRL": fastest(theirs)} if theirs else {})
     report: dict[str, Any] = {"work": asdict(work), "load_before": load, "tried": tried}
@@ -210,11 +205,6 @@ def compare(folder: Path, work: Work, options: argparse.Namespace) -> int:
     for problem in problems:
         print(f"NOT EQUAL WORK: {problem}", file=sys.stderr)
     return 1 if problems else 0
-
-
-def run_tunesmith(folder: Path, work: Work) -> Measured:
-    """Measures tunesmith; leaves the rows for the peer in the folder."""
-    return run_process(sys.executable, "tunesmith", folder, work.threads)
 
 
 def run_peer(folder: Path, work: dict[str, Any], python: str, settings: PeerSettings) -> Measured:
@@ -255,9 +245,13 @@ def tune(
             print(f"{'failed':>18}  {candidate.label}: {str(error).splitlines()[-1]}", flush=True)
             speeds[candidate] = None
             continue
-        speeds[candidate] = tokens_per_second(measured, shared)
-        per_cpu_second = timed_tokens(measured, shared) / measured.cpu_seconds
-        print(f"{speeds[candidate]:9.1f}{per_cpu_second:9.1f}  {candidate.label}", flush=True)
+        found = figures(measured, shared)
+        speeds[candidate] = found["tokens_per_second"]
+        print(
+            f"{found['tokens_per_second']:9.1f}{found['tokens_per_cpu_second']:9.1f}  "
+            f"{candidate.label}",
+            flush=True,
+        )
     winner = max(speeds, key=lambda candidate: speeds[candidate] or 0.0)
     return winner, {candidate.label: speed for candidate, speed in speeds.items()}
 
@@ -278,38 +272,23 @@ def fastest(runs: Sequence[Measured]) -> Measured:
     return replace(runs[0], seconds=seconds, cpu_seconds=min(run.cpu_seconds for run in runs))
 
 
-def timed_tokens(side: Measured, shared: Shared) -> int:
-    """Real tokens of the timed steps."""
-    batches = shared.batches[WARMUP_STEPS : len(side.seconds)]
-    return sum(len(row.input_ids) for batch in batches for row in batch)
-
-
-def tokens_per_second(side: Measured, shared: Shared) -> float:
-    """Real tokens per second without the warm-up."""
-    return timed_tokens(side, shared) / sum(side.seconds[WARMUP_STEPS:])
-
-
 def figures(side: Measured, shared: Shared) -> dict[str, Any]:
-    """Everything about one side, for the JSON line."""
+    """Everything about one side; only real tokens, and no warm-up in the rates."""
     batches = shared.batches[WARMUP_STEPS : len(side.seconds)]
-    supervised = sum(label != -100 for batch in batches for row in batch for label in row.labels)
+    tokens = sum(len(row["input_ids"]) for batch in batches for row in batch)
+    supervised = sum(label != -100 for batch in batches for row in batch for label in row["labels"])
     seconds = sum(side.seconds[WARMUP_STEPS:])
     return {
         **asdict(side),
-        "tokens": timed_tokens(side, shared),
+        "tokens": tokens,
         "supervised_tokens": supervised,
         "seconds_total": seconds,
-        "tokens_per_second": tokens_per_second(side, shared),
+        "tokens_per_second": tokens / seconds,
         "supervised_per_second": supervised / seconds,
-        "tokens_per_cpu_second": timed_tokens(side, shared) / side.cpu_seconds,
-        "loss_first_quarter": mean(side.losses[: max(1, len(side.losses) // 4)]),
-        "loss_last_half": mean(side.losses[len(side.losses) // 2 :]),
+        "tokens_per_cpu_second": tokens / side.cpu_seconds,
+        "loss_first_quarter": fmean(side.losses[: max(1, len(side.losses) // 4)]),
+        "loss_last_half": fmean(side.losses[len(side.losses) // 2 :]),
     }
-
-
-def mean(values: Sequence[float]) -> float:
-    """Their mean."""
-    return sum(values) / len(values)
 
 
 def print_comparison(
@@ -352,7 +331,9 @@ def print_agreement(sides: dict[str, Measured], report: dict[str, Any]) -> list[
     pairs = zip(sides["tunesmith"].losses, sides["TRL"].losses, strict=True)
     largest = max(abs(a / b - 1) for a, b in pairs)
     report |= {"ratio": ratio, "loss_difference": difference, "largest_step_difference": largest}
-    print(f"tunesmith / TRL: {ratio:.2f} x")
+    per_cpu = ours["tokens_per_cpu_second"] / theirs["tokens_per_cpu_second"]
+    report["ratio_per_cpu_second"] = per_cpu
+    print(f"tunesmith / TRL: {ratio:.2f} x (by CPU time {per_cpu:.2f} x)")
     print(
         f"losses over the last half differ by {difference:.3%} (at most {LOSS_TOLERANCE:.0%}); "
         f"the largest difference of a step is {largest:.3%}"
@@ -439,8 +420,6 @@ def share(folder: Path, work: Work, job: Any) -> None:
     """Writes down rows and numbers for the peer."""
     recipe = job.resolved.recipe
     lora = recipe.method
-    if lora.dropout:
-        raise ValueError("dropout draws differ between the sides")
     shared = Shared(
         model_path=job.source.path,
         revision=job.source.revision,
@@ -464,13 +443,13 @@ def rows_of_step(loader: Any, step: int) -> list[Row]:
                 if weight != 1.0:
                     raise ValueError(f"labels cannot express a weight of {weight}")
                 labels[first : first + count] = ids[first : first + count]
-            rows.append(Row(ids, labels))
+            rows.append({"input_ids": ids, "labels": labels})
     if len(rows) != loader.global_batch:
         raise ValueError(
             f"step {step} has {len(rows)} rows instead of {loader.global_batch}: "
             "the data has too few rows, or rows that become several sequences"
         )
-    return sorted(rows, key=lambda row: -len(row.input_ids))
+    return sorted(rows, key=lambda row: -len(row["input_ids"]))
 
 
 def measure_peer(folder: Path) -> Measured:
@@ -522,7 +501,7 @@ def build_peer(folder: Path, work: Work, settings: PeerSettings, losses: list[fl
     model = AutoModelForCausalLM.from_pretrained(
         **place, dtype=settings.weights, attn_implementation=settings.attention
     )
-    rows = [asdict(row) for batch in shared.batches[: work.steps] for row in batch]
+    rows = [row for batch in shared.batches[: work.steps] for row in batch]
     return Peer(
         model=model,
         args=peer_arguments(folder, work, settings, shared),
@@ -605,9 +584,7 @@ class StepClock:
 
 def read_shared(folder: Path) -> Shared:
     """What `share` wrote."""
-    tree = read_json(folder / "shared.json")
-    batches = [[Row(**row) for row in batch] for batch in tree.pop("batches")]
-    return Shared(**tree, batches=batches)
+    return Shared(**read_json(folder / "shared.json"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -79,10 +79,14 @@ Sample: TypeAlias = Conversation | Completion
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A piece of rendered text; a positive weight makes its tokens carry loss."""
+    """A piece of rendered text; a positive weight makes its tokens carry loss.
+
+    `starts_token` asks that no token reach over its start: it is encoded apart from what precedes.
+    """
 
     text: str
     weight: float = 0.0
+    starts_token: bool = False
 
     @property
     def is_supervised(self) -> bool:

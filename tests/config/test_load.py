@@ -362,20 +362,17 @@ def test_an_override_gives_a_short_form(load: Callable[..., Recipe]) -> None:
     assert load(SHORT, "method=lora", "method.rank=8").method == LoraConfig(rank=8)
 
 
-@pytest.mark.xfail(strict=True, reason="load.py _apply_override drops a list: data: [a, b]")
 def test_an_override_beside_a_list_of_files(load: Callable[..., Recipe]) -> None:
     recipe = load("model: m\ndata: [a, b]\n", "data.validation=0")
     assert [source.path for source in recipe.data.train] == ["a", "b"]
 
 
-@pytest.mark.xfail(strict=True, reason="recipe.py _short: `path` beside other keys is a source")
 def test_an_override_beside_a_source_with_settings(load: Callable[..., Recipe]) -> None:
     recipe = load("model: m\ndata: {path: a, limit: 3}\n", "data.validation=0")
     assert recipe.data.train[0].limit == 3
     assert recipe.data.validation == 0
 
 
-@pytest.mark.xfail(strict=True, reason="recipe.py: method without `name` is not taken for lora")
 @pytest.mark.parametrize(
     ("text", "overrides"), [("", ["method.rank=8"]), ("method: {rank: 8}\n", [])]
 )

@@ -233,7 +233,6 @@ def test_completion_of_messages() -> None:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="shapes.py from_alpaca drops a history that is no list")
 @pytest.mark.parametrize("history", ["[[]]", {"x": "1"}, 3])
 def test_alpaca_history_of_another_type_is_not_dropped(history: Any) -> None:
     problem = to_sample(
@@ -258,7 +257,6 @@ def test_a_mapped_column_goes_before_one_of_that_name() -> None:
     assert messages_of(row, columns={"instruction": "better"})[0].content == "new"
 
 
-@pytest.mark.xfail(strict=True, reason="columns.py _rename reads what it has just overwritten")
 def test_columns_swapped() -> None:
     row = {"instruction": "the answer", "output": "the question"}
     columns = {"instruction": "output", "output": "instruction"}

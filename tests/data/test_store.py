@@ -143,7 +143,6 @@ def test_notes_are_kept(
     assert builds.count == 1
 
 
-@pytest.mark.xfail(strict=True, reason="store.py _build saves the renderer's notes of all stores")
 def test_notes_are_those_of_the_store_alone(
     inputs: Callable[..., StoreInputs], write_jsonl: Callable[..., Path]
 ) -> None:
@@ -331,7 +330,6 @@ def test_nothing_to_learn(store_of: Callable[..., TokenStore]) -> None:
     assert "8 tokens" in caught.value.found
 
 
-@pytest.mark.xfail(strict=True, reason="store.py _render_batch drops samples of weight 0 unsaid")
 def test_samples_of_weight_0_are_counted(store_of: Callable[..., TokenStore]) -> None:
     split = split_of(store_of([chat("a", "b"), chat("c", "d", weight=0)]))
     assert len(split.train) == 1
@@ -473,4 +471,4 @@ def test_origins_of_a_batch(loader: Loader) -> None:
 def test_meta_names_the_files(store_of: Callable[..., TokenStore], tmp_path: Path) -> None:
     store = store_of(make_rows(1))
     meta = json.loads((store.folder / "meta.json").read_text(encoding="utf-8"))
-    assert meta == {"files": [str(tmp_path / "data.jsonl")], "notes": {}}
+    assert meta == {"files": [str(tmp_path / "data.jsonl")], "notes": {}, "num_silent": 0}

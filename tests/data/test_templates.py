@@ -562,3 +562,26 @@ def test_an_assistant_message_without_content_is_rendered(byte_tokenizer: Any) -
     ((before, text),) = answers_of(byte_tokenizer, encode(byte_tokenizer, sample))
     assert text == "x<|im_end|>"
     assert byte_tokenizer.decode(before).startswith("<|im_start|>user\n<|im_end|>\n")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "deepseek_v3"])
+def test_bare_prompts_keep_their_own_tokens(tokenizers_folder: Path, name: str) -> None:
+    """Prompts may end anywhere, in two spaces for one: alone and in training they are the same."""
+    import random
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers_folder / name)
+    install_template(tokenizer, "plain")
+    renderer = Renderer(tokenizer)
+    rng = random.Random(0)
+    prompts = ["Total:  ", *("".join(rng.choices("a1 \n\t.，好", k=6)) for _ in range(300))]
+    answers = ["23", *("".join(rng.choices("a1 \n\t.，好", k=4)) for _ in range(300))]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        segments = renderer.render(Completion(prompt, answer, Origin("x", 1)))
+        assert isinstance(segments, list)
+        ((sequence,),) = encode_samples(tokenizer.backend_tokenizer, [segments])
+        ((first, _, _),) = sequence.runs
+        text = segments[0][0].text
+        alone = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        assert sequence.ids[:first].tolist() == alone

@@ -77,7 +77,6 @@ def test_a_missing_folder_is_a_disk_error(tmp_path: Path) -> None:
     assert caught.value.found == "No such file or directory"
 
 
-@pytest.mark.xfail(strict=True, reason="atomic.py: unlink raises once more")
 def test_a_place_under_a_file_is_a_disk_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DiskError) as caught:
@@ -145,7 +144,6 @@ def test_an_error_of_the_disk_in_the_block_is_a_disk_error(tmp_path: Path) -> No
     assert names_in(tmp_path) == []
 
 
-@pytest.mark.xfail(strict=True, reason="atomic.py: every OSError is mapped, ours too")
 def test_our_own_errors_pass_as_they_are(tmp_path: Path) -> None:
     """CheckpointError is an OSError too, but says more than `disk.write` would."""
     error = CheckpointError("checkpoint.x", "here", found="that", expected="this")
@@ -154,7 +152,6 @@ def test_our_own_errors_pass_as_they_are(tmp_path: Path) -> None:
     assert names_in(tmp_path) == []
 
 
-@pytest.mark.xfail(strict=True, reason="atomic.py: between two renames there is no way back")
 def test_the_old_directory_comes_back_when_the_new_one_cannot_be_placed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

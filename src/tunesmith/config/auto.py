@@ -120,12 +120,10 @@ def _epochs(num_train: int) -> tuple[int, str]:
     """Interpolates EPOCHS_BY_ROWS in the logarithm of the rows."""
     points = EPOCHS_BY_ROWS
     rows = min(max(num_train, points[0][0]), points[-1][0])
-    for (low, more), (high, less) in pairwise(points):
-        if rows <= high:
-            share = math.log(rows / low) / math.log(high / low)
-            epochs = round(more + share * (less - more))
-            return epochs, f"{num_train:,} rows; the best checkpoint is kept"
-    return points[-1][1], f"{num_train:,} rows"
+    (low, more), (high, less) = next(pair for pair in pairwise(points) if rows <= pair[1][0])
+    share = math.log(rows / low) / math.log(high / low)
+    epochs = round(more + share * (less - more))
+    return epochs, f"{num_train:,} rows; the best checkpoint is kept"
 
 
 def _global_batch(num_train: int) -> tuple[int, str]:

@@ -107,7 +107,7 @@ def _read_text(path: Path) -> str:
             expected="a recipe (YAML)",
             try_=f"did you mean {path.parent / near[0]}?" if near else "check the path",
         ) from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             "recipe.unreadable", str(path), found=str(error), expected="a UTF-8 YAML file"
         ) from None
@@ -172,12 +172,15 @@ def _apply_override(tree: dict[str, Any], override: str, places: dict[KeyPath, s
     target = tree
     for depth, parent in enumerate(parents):
         inner = target.get(parent)
-        if isinstance(inner, str):  # a short form such as `method: lora`
-            inner = {_SHORT_KEYS.get(".".join(path[: depth + 1]), "name"): inner}
+        short = _SHORT_KEYS.get(".".join(path[: depth + 1]))
+        if short is not None and isinstance(inner, str | list):  # such as `method: lora`
+            inner = {short: inner}
         target[parent] = dict(inner) if isinstance(inner, dict) else {}
         target = target[parent]
     target[last] = value
     places[tuple(path)] = where
+    for depth in range(1, len(path)):
+        places.setdefault(tuple(path[:depth]), where)
 
 
 _SHORT_KEYS = {"model": "id", "data": "train", "method": "name", "objective": "name"}
@@ -219,6 +222,8 @@ def _first_error(error: ValidationError, places: Mapping[KeyPath, str], where: s
     place = _place(path, places, where)
     key = ".".join(str(part) for part in path)
     if problem["type"] == "extra_forbidden":
+        last = problem["loc"][-1]
+        path = path if path[-1:] == (last,) else (*path, last)
         return _unknown_key(path, place)
     if problem["type"] == "missing":
         return RecipeError(

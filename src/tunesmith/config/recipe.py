@@ -95,7 +95,9 @@ class DataConfig(Strict):
             return value
         data = cast("dict[str, object]", value)
         if "path" in data:
-            return {"train": [data]}
+            source = {key: data[key] for key in data if key in SourceConfig.model_fields}
+            rest = {key: data[key] for key in data if key not in SourceConfig.model_fields}
+            return {"train": [source], **rest}
         if "train" in data:
             data = {**data, "train": _sources(data["train"])}
         if isinstance(data.get("validation"), dict) or (
@@ -212,7 +214,10 @@ class Recipe(Strict):
         if not isinstance(value, dict):
             return value
         recipe = dict(cast("dict[str, object]", value))
-        for key in ("method", "objective"):
+        for key, default in (("method", "lora"), ("objective", "sft")):
             if key in recipe:
-                recipe[key] = _from_short(recipe[key], "name")
+                part = _from_short(recipe[key], "name")
+                if isinstance(part, dict):
+                    part = {"name": default, **cast("dict[str, object]", part)}
+                recipe[key] = part
         return recipe

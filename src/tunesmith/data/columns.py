@@ -53,8 +53,13 @@ def read_samples(source: SourceConfig, path: Path) -> Iterator[Sample | Problem]
 
 def to_sample(row: dict[str, Json], source: SourceConfig, origin: Origin) -> Sample | Problem:
     """Reads one row as the source's format, or as the one its columns speak of."""
-    row = _rename(row, source.columns)
+    missing = [actual for actual in source.columns.values() if actual not in row]
     try:
+        if missing:
+            raise MistakeError(
+                "data.columns", f"columns {_names(row)}", f"`{missing[0]}`, mapped in the recipe"
+            )
+        row = _rename(row, source.columns)
         name = source.format if source.format != "auto" else _detect(row)
         required, _, parse = FORMATS[name]
         missing = [column for column in required if column not in row]
@@ -68,9 +73,8 @@ def to_sample(row: dict[str, Json], source: SourceConfig, origin: Origin) -> Sam
 
 
 def _rename(row: dict[str, Json], columns: dict[str, str]) -> dict[str, Json]:
-    for canonical, actual in columns.items():
-        if actual in row:
-            row = {**row, canonical: row[actual]}
+    # All at once from the row as it is: a mapping may swap two names.
+    row = {**row, **{name: row[actual] for name, actual in columns.items() if actual in row}}
     for canonical, others in ALIASES.items():
         for other in others:
             if canonical not in row and other in row:

@@ -33,6 +33,8 @@ def split_samples(
     by_rank = np.argsort(mixed, kind="stable")
     limit = mixed[by_rank[min(num_validation, len(by_rank)) - 1]]
     held_out = mixed <= limit
+    if held_out.sum() > 2 * num_validation and (mixed < limit).any():
+        held_out = mixed < limit  # hundreds of copies of one sample would flood validation
     if held_out.all():
         held_out = np.zeros(len(hashes), dtype=bool)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)

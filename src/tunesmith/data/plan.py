@@ -83,5 +83,9 @@ def _usable(
     is_dropped = is_overlong & (data.overlong == "drop")
     has_nothing = (store.first_supervised_of_samples() >= max_length) & ~is_dropped
     keep = ~is_dropped & ~has_nothing
-    counts = int((is_overlong & keep).sum()), int(is_dropped.sum()), int(has_nothing.sum())
+    counts = (
+        int((is_overlong & keep).sum()),
+        int(is_dropped.sum()),
+        int(has_nothing.sum()) + store.num_silent,
+    )
     return np.flatnonzero(keep), counts

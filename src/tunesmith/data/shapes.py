@@ -68,8 +68,10 @@ def from_alpaca(row: dict[str, Json], origin: Origin) -> Conversation:
     messages: list[Message] = []
     if row.get("system"):
         messages.append(Message("system", _text(row["system"], "system")))
-    history = row.get("history")
-    for index, turn in enumerate(history if isinstance(history, list) else []):
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise MistakeError("data.history", _show(history), "a list of [question, answer] pairs")
+    for index, turn in enumerate(history):
         if not isinstance(turn, list) or len(turn) != 2:
             raise MistakeError("data.history", _show(turn), "a [question, answer] pair in history")
         messages.append(Message("user", _text(turn[0], f"history[{index}][0]")))
@@ -169,11 +171,13 @@ def _function(function: dict[str, Json], where: str) -> ToolCall:
     if not isinstance(arguments, str):
         return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
     try:
-        json.loads(arguments or "{}")
+        is_object = isinstance(json.loads(arguments or "{}"), dict)
     except ValueError as error:
         raise MistakeError(
             "data.tool-call", f"{where}: arguments that are no JSON ({error})", "a JSON object"
         ) from None
+    if not is_object:
+        raise MistakeError("data.tool-call", f"{where}: arguments {arguments}", "a JSON object")
     return ToolCall(name, arguments or "{}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -60,6 +61,11 @@ class TokenStore:
     def notes(self) -> dict[str, int]:
         """What rendering had to say, and for how many samples."""
         return self.meta["notes"]
+
+    @property
+    def num_silent(self) -> int:
+        """Samples of the files that are not in the store: none of their answers carries loss."""
+        return self.meta["num_silent"]
 
     @property
     def num_samples(self) -> int:
@@ -128,7 +134,7 @@ class StoreInputs:
         parts: list[Json] = [
             STORE_VERSION,
             str(tokenizer.chat_template),
-            str(tokenizer.eos_token),
+            [str(tokenizer.bos_token), str(tokenizer.eos_token)],
             json.dumps(self.renderer.arguments, sort_keys=True),
             hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         ]
@@ -188,11 +194,13 @@ def _build(inputs: StoreInputs, folder: Path, reporter: Reporter) -> None:
     files = [str(path) for _, path in inputs.sources]
     numbers = {file: number for number, file in enumerate(files)}
     problems = _Problems()
+    notes_before, num_silent = Counter(inputs.renderer.notes), 0
     raw = folder / "ids.raw"
     with raw.open("wb") as ids_file:
         rows = reporter.track("Reading and tokenizing", _read_all(inputs.sources))
         for batch in _batches(problems.keep_samples(rows), BATCH_SAMPLES):
             rendered = _render_batch(batch, inputs.renderer, problems)
+            num_silent += len(batch) - len(rendered)
             segments = [item for _, item in rendered]
             encoded = encode_samples(inputs.renderer.tokenizer.backend_tokenizer, segments)
             for (sample, _), sequences in zip(rendered, encoded, strict=True):
@@ -201,11 +209,14 @@ def _build(inputs: StoreInputs, folder: Path, reporter: Reporter) -> None:
                     ids_file.write(sequence.ids.tobytes())
     problems.raise_if_any()
     if not columns.arrays["sample_line"]:
-        raise DataError([Problem(files[0], "data.empty-file", "no rows", "at least one row")])
+        found = "no rows" if not num_silent else f"{num_silent} rows whose answers all weigh 0"
+        code = "data.nothing-to-learn" if num_silent else "data.empty-file"
+        raise DataError([Problem(files[0], code, found, "at least one row to learn from")])
     np.save(folder / "ids.npy", np.fromfile(raw, dtype=np.int32))
     raw.unlink()
     columns.save(folder)
-    meta = {"files": files, "notes": dict(inputs.renderer.notes)}
+    notes = inputs.renderer.notes - notes_before
+    meta = {"files": files, "notes": dict(notes), "num_silent": num_silent}
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 

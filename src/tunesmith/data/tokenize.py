@@ -60,7 +60,8 @@ def find_runs(segment: Segment, encoding: Encoding) -> tuple[Run, ...] | None:
         # Text before an edge must end in a token that ends there: offsets may leave out spaces
         # (trim_offsets), so a start at the edge alone does not prove a clean cut.
         is_clean = (
-            first < last
+            not span.starts_token
+            and first < last
             and starts[first] == start
             and ends[last - 1] == stop
             and (first == 0 or ends[first - 1] == start)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from tunesmith.config.load import recipe_from
 from tunesmith.config.recipe import ModelConfig
 from tunesmith.errors import ModelError
 from tunesmith.model.device import find_device
@@ -29,6 +32,8 @@ class ChatModel:
     model: Any
     tokenizer: Tokenizer
     label: str
+    template_arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Variables that the run gave the chat template, e.g. enable_thinking."""
 
     @property
     def stop_ids(self) -> list[int]:
@@ -49,7 +54,8 @@ def open_chat_model(target: str, reporter: Reporter) -> ChatModel:
             (`model.unfinished-run`).
     """
     path = Path(target).expanduser()
-    if (path / "recipe.resolved.yaml").exists():
+    recipe_file = path / "recipe.resolved.yaml"
+    if recipe_file.exists():
         path = path / "model"
         if not path.is_dir():
             raise ModelError(
@@ -61,12 +67,20 @@ def open_chat_model(target: str, reporter: Reporter) -> ChatModel:
                 f"{path.parent / 'checkpoints'}",
             )
     with reporter.waiting(f"Loading {target}"):
-        if (path / "adapter_config.json").exists():
-            return _open_adapter(path, target, reporter)
-        source = find_model(ModelConfig(id=str(path) if path.exists() else target), reporter)
-        check_weights_exist(source)
-        model = load_model(source)
-        return _ready(model, load_tokenizer(source), target)
+        chat = _open(path, target, reporter)
+    if recipe_file.exists():
+        recipe = recipe_from(yaml.safe_load(recipe_file.read_text(encoding="utf-8")))
+        chat = replace(chat, template_arguments=recipe.data.template_arguments)
+    return chat
+
+
+def _open(path: Path, target: str, reporter: Reporter) -> ChatModel:
+    if (path / "adapter_config.json").exists():
+        return _open_adapter(path, target, reporter)
+    source = find_model(ModelConfig(id=str(path) if path.exists() else target), reporter)
+    check_weights_exist(source)
+    model = load_model(source)
+    return _ready(model, load_tokenizer(source), target)
 
 
 def _open_adapter(path: Path, label: str, reporter: Reporter) -> ChatModel:

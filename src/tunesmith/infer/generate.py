@@ -93,7 +93,9 @@ def answer_all(
 
 
 def _prompt_ids(chat: ChatModel, messages: list[dict[str, Any]]) -> torch.Tensor:
-    text = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = chat.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **chat.template_arguments
+    )
     encoding = chat.tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=False)[0]
     return torch.tensor([encoding.ids], device=chat.model.device)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tunesmith.errors import DiskError
+from tunesmith.errors import DiskError, TunesmithError
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -31,7 +31,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         temporary.replace(path)
         sync_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise _disk_error(path, error) from error
 
 
@@ -57,11 +58,17 @@ def atomic_directory(path: Path) -> Generator[Path]:
             # Two renames, so that a reader sees the old one, nothing, or the new one, never a mix.
             old = path.with_name(f".tmp-{os.getpid()}-old-{path.name}")
             path.replace(old)
-            temporary.replace(path)
+            try:
+                temporary.replace(path)
+            except OSError:
+                old.replace(path)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.replace(path)
         sync_directory(path.parent)
+    except TunesmithError:
+        raise
     except OSError as error:
         raise _disk_error(path, error) from error
     finally:

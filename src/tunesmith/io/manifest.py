@@ -39,10 +39,14 @@ def find_damage(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = cast("dict[str, dict[str, object]]", manifest["files"])
+        return _find_damaged_file(folder, files)
     except FileNotFoundError:
         return "it has no manifest: the save did not finish"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest cannot be read"
+
+
+def _find_damaged_file(folder: Path, files: dict[str, dict[str, object]]) -> str | None:
     for name, entry in files.items():
         file = folder / name
         if not file.is_file():

@@ -51,7 +51,9 @@ def attend(
             _as_batch(x[0, :, start:stop], count, length)
             for x in (query_1HTD, key_1KTD, value_1KTD)
         )
-        o_nHLD = _attend_dense(q, k, v, scaling, dropout, window, softcap)
+        o_nHLD = _attend_dense(
+            q, k, v, scaling=scaling, dropout=dropout, window=window, softcap=softcap
+        )
         pieces.append(o_nHLD.transpose(1, 2).reshape(count * length, *_heads(query_1HTD)))
     return torch.cat(pieces).unsqueeze(0), None
 
@@ -123,6 +125,7 @@ def _attend_dense(
     q_nHLD: torch.Tensor,
     k_nKLD: torch.Tensor,
     v_nKLD: torch.Tensor,
+    *,
     scaling: float,
     dropout: float,
     window: int | None,

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from tunesmith.data.readers.json_lines import as_object
 from tunesmith.data.readers.text import read_chunks
 from tunesmith.errors import Problem
@@ -21,18 +23,23 @@ def read_json_array(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, 
     try:
         scanner.skip_space()
         scanner.take("[")
-        if scanner.skip_space() == "]":
-            return
-        while True:
+        is_more = scanner.skip_space() != "]"
+        while is_more:
             scanner.skip_space()
             line = scanner.line
             yield line, as_object(scanner.value(), f"{path}:{line}")
-            if scanner.skip_space() != ",":
-                break
-            scanner.take(",")
+            is_more = scanner.skip_space() == ","
+            if is_more:
+                scanner.take(",")
         scanner.take("]")
+        if scanner.skip_space():
+            scanner.take("")
     except _BrokenError as broken:
         yield broken.problem_line, broken.problem
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is no JSON")
 
 
 class _BrokenError(Exception):
@@ -51,7 +58,7 @@ class _Scanner:
         self.text = ""
         self.at = 0
         self.line = 1
-        self.decoder = json.JSONDecoder()
+        self.decoder = json.JSONDecoder(parse_constant=_refuse_constant)
 
     def skip_space(self) -> str:
         """Moves to the next character that is no space and returns it ('' at the end)."""
@@ -68,7 +75,8 @@ class _Scanner:
         """Moves over one expected character."""
         found = self.text[self.at : self.at + 1]
         if found != char:
-            raise self._broken(f"{found!r}" if found else "the end of the file", f"`{char}`")
+            expected = f"`{char}`" if char else "the end of the file behind `]`"
+            raise self._broken(f"{found!r}" if found else "the end of the file", expected)
         self.at += 1
 
     def value(self) -> object:
@@ -83,11 +91,24 @@ class _Scanner:
                 raise self._broken(
                     f"broken JSON: {error.msg}", "an array of JSON objects", lines
                 ) from None
-            if end == len(self.text) and self._more():
+            except (ValueError, RecursionError) as error:  # NaN, 5,000 digits, 10,000 brackets
+                reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+                raise self._broken(f"broken JSON: {reason}", "plain JSON values") from None
+            if end > len(self.text) - 3 and self._more():
                 continue  # a number may go on in the next piece
+            self._check_text(self.text[self.at : end])
             self.line += self.text.count("\n", self.at, end)
             self.at = end
             return value
+
+    def _check_text(self, text: str) -> None:
+        """Refuses half surrogate pairs: Python takes them, tokenizers die of them."""
+        if "\\u" not in text:
+            return
+        try:
+            msgspec.json.decode(text)
+        except msgspec.DecodeError as error:
+            raise self._broken(f"broken JSON: {error}", "text in whole characters") from None
 
     def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
         if len(self.text) - self.at > MAX_ROW_CHARS:

@@ -29,6 +29,8 @@ def _decode(line: str, where: str) -> dict[str, Json] | Problem:
     except msgspec.DecodeError as error:
         reason = str(error).removeprefix("JSON is malformed: ")
         return Problem(where, "data.json", f"broken JSON: {reason}", "one JSON object on the line")
+    except RecursionError:
+        return Problem(where, "data.json", "broken JSON: nested too deep", "plain JSON values")
     return as_object(value, where)
 
 

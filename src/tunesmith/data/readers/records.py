@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ def read_rows(path: Path, *, encoding: str = "utf-8") -> Iterator[Row]:
             (`data.empty-file`) or of a format that is not read (`data.format`).
     """
     _check_file(path)
+    _check_encoding(path, encoding)
     first = _first_character(path, encoding)
     if isinstance(first, Problem):
         yield Row(1, first)
@@ -67,8 +70,20 @@ def _check_file(path: Path) -> None:
             [Problem(str(path), "data.missing-file", "no such file", "a data file")],
             try_=f"did you mean {path.parent / near[0]}?" if near else None,
         )
+    if not os.access(path, os.R_OK):
+        found = "a file that may not be read"
+        raise DataError([Problem(str(path), "data.unreadable", found, "read permission")])
     if path.stat().st_size == 0:
         raise DataError([Problem(str(path), "data.empty-file", "0 bytes", "at least one row")])
+
+
+def _check_encoding(path: Path, encoding: str) -> None:
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        found = f"the encoding {encoding!r}"
+        expected = "a name that Python knows, e.g. utf-8, utf-16, gb18030"
+        raise DataError([Problem(str(path), "data.encoding", found, expected)]) from None
 
 
 def _first_character(path: Path, encoding: str) -> str | Problem:

@@ -131,23 +131,29 @@ class Renderer:
             if not answer[stop:].strip():
                 return prompt, answer[:stop], answer[stop:]
         self._said.add(NO_END_MARK)
-        return prompt, answer.rstrip("\n") + str(self.tokenizer.eos_token), ""
+        return (
+            prompt,
+            answer.removesuffix(self.traits.tail_space) + str(self.tokenizer.eos_token),
+            "",
+        )
 
     def _after_opened_thinking(self, prompt: str, full: str, message: Message) -> str:
         """The answer where the generation prompt opens a thinking block that history leaves out."""
-        shared = prompt[: _shared_length(prompt, full)]
-        opened = prompt[len(shared) :]
-        if opened.strip() != "<think>":
+        before, opened, inside = prompt.rpartition("<think>")
+        if not opened or inside.strip() or not full.startswith(before):
             raise ValueError(
-                f"its generation prompt ends in {prompt[-30:]!r}, the answered text goes on with "
-                f"{full[len(shared) :][:30]!r} there"
+                f"its generation prompt ends in {prompt[-30:]!r}, which the answered text does not "
+                "go on from"
             )
-        return f"{message.reasoning or ''}\n</think>\n\n{full[len(shared) :].lstrip()}"
+        return f"{message.reasoning or ''}\n</think>\n\n{full[len(before) :].lstrip()}"
 
     def _render_bare(self, sample: Completion) -> Segment:
         start = str(self.tokenizer.chat_template).startswith("{{ bos_token }}")
         prompt = (str(self.tokenizer.bos_token) if start else "") + sample.prompt
-        return [Span(prompt), Span(sample.completion + str(self.tokenizer.eos_token), 1.0)]
+        answer = sample.completion + str(self.tokenizer.eos_token)
+        # A bare prompt may end anywhere: two spaces at its end are one token alone, and two with a
+        # word behind them. So the edge is always kept.
+        return [Span(prompt), Span(answer, 1.0, starts_token=True)]
 
     def _fit_tools(self, sample: Conversation) -> Conversation:
         has_calls = any(m.tool_calls or m.role == "tool" for m in sample.messages)
@@ -182,11 +188,6 @@ class Renderer:
         elif message.content is None:
             item["content"] = ""
         return item
-
-
-def _shared_length(one: str, other: str) -> int:
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def unroll(segment: Segment) -> list[tuple[str, Span]]:

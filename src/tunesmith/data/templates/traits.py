@@ -18,11 +18,13 @@ PROBE = "Probe7"
 class Traits:
     """A template's abilities.
 
-    `end_marks` are the special tokens found behind an answer; `call_arguments` says whether a tool
-    call's arguments must be an object or JSON text, None if calls vanish or fail either way;
-    `shows_tools` tells whether tool schemas are written.
+    `tail_space` is the white space that ends the text behind an answer, `end_marks` are the special
+    tokens in that text; `call_arguments`
+    says whether a tool call's arguments must be an object or JSON text, None if calls vanish or
+    fail either way; `shows_tools` tells whether tool schemas are written.
     """
 
+    tail_space: str
     end_marks: tuple[str, ...]
     call_arguments: Literal["object", "text"] | None
     shows_tools: bool
@@ -46,6 +48,7 @@ def probe_traits(tokenizer: Tokenizer, arguments: dict[str, Json]) -> Traits:
     marks = tuple(sorted(mark for mark in specials if mark in tail))
     schema = {"type": "function", "function": {"name": PROBE, "parameters": {"type": "object"}}}
     return Traits(
+        tail_space=tail[len(tail.rstrip()) :],
         end_marks=marks,
         call_arguments=_probe_call_arguments(render, user),
         shows_tools=PROBE in render([user], tools=[schema]),
