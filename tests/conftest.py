@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,33 +133,34 @@ def make_rows(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def write_tiny_recipe(folder: Path, model: Path, *, rows: int = 40, **changes: Any) -> Path:
+    """A recipe that trains the tiny model for 20 steps in under a second."""
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(rows)), encoding="utf-8")
+    recipe: dict[str, Any] = {
+        "model": {"id": str(model), "dtype": "float32"},
+        "data": {"train": str(data), "validation": 0.2},
+        "method": {"name": "lora", "rank": 4, "dropout": 0.1},
+        "train": {
+            "epochs": 5,
+            "global_batch": 8,
+            "micro_batch_tokens": 128,
+            "learning_rate": 0.01,
+        },
+        "checkpoint": {"every_steps": 3, "keep": 2},
+        "output": str(folder / "run"),
+    }
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(recipe.get(key), dict):
+            recipe[key] = {**recipe[key], **value}
+        else:
+            recipe[key] = value
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    return path
+
+
 @pytest.fixture
-def tiny_recipe(
-    tiny_model_folder: Path, write_jsonl: Callable[..., Path], tmp_path: Path
-) -> Callable[..., Path]:
-    """Writes a recipe that trains the tiny model for 20 steps in under a second."""
-
-    def write(*, rows: int = 40, **changes: Any) -> Path:
-        recipe: dict[str, Any] = {
-            "model": {"id": str(tiny_model_folder), "dtype": "float32"},
-            "data": {"train": str(write_jsonl(make_rows(rows))), "validation": 0.2},
-            "method": {"name": "lora", "rank": 4, "dropout": 0.1},
-            "train": {
-                "epochs": 5,
-                "global_batch": 8,
-                "micro_batch_tokens": 128,
-                "learning_rate": 0.01,
-            },
-            "checkpoint": {"every_steps": 3, "keep": 2},
-            "output": str(tmp_path / "run"),
-        }
-        for key, value in changes.items():
-            if isinstance(value, dict) and isinstance(recipe.get(key), dict):
-                recipe[key] = {**recipe[key], **value}
-            else:
-                recipe[key] = value
-        path = tmp_path / "recipe.yaml"
-        path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-        return path
-
-    return write
+def tiny_recipe(tiny_model_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes such a recipe into the test's folder."""
+    return partial(write_tiny_recipe, tmp_path, tiny_model_folder)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from conftest import write_tiny_recipe
 from tunesmith import fine_tune, load_recipe
 from tunesmith.errors import CheckpointError, LockError, RunError
 from tunesmith.types import Event
@@ -48,16 +49,20 @@ def run_to_end(recipe: Path, output: Path, **kwargs: Any) -> dict[str, Any]:
     return dict(summary)
 
 
-@pytest.fixture
-def oracle(tiny_recipe: Callable[..., Path], tmp_path: Path) -> tuple[Path, dict[str, bytes]]:
+@pytest.fixture(scope="module")
+def oracle(
+    tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, bytes]]:
     """A recipe (with dropout) and the bytes of its uninterrupted run."""
-    recipe = tiny_recipe()
-    output = tmp_path / "oracle"
+    folder = tmp_path_factory.mktemp("oracle")
+    recipe = write_tiny_recipe(folder, tiny_model_folder)
+    output = folder / "oracle"
     child = start(recipe, output)
-    assert child.wait(120) == 0, (tmp_path / "child.log").read_text()
+    assert child.wait(120) == 0, (folder / "child.log").read_text()
     return recipe, final_bytes(output)
 
 
+@pytest.mark.slow
 def test_two_runs_are_equal_and_learn(
     oracle: tuple[Path, dict[str, bytes]], tmp_path: Path
 ) -> None:
@@ -108,7 +113,10 @@ def test_sigkill_at_random_moments(oracle: tuple[Path, dict[str, bytes]], tmp_pa
     assert final_bytes(output) == expected
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_stop_signals_save_and_say_how_to_go_on(
     oracle: tuple[Path, dict[str, bytes]], tmp_path: Path, number: int, code: int
 ) -> None:
