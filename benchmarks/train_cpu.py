@@ -3,7 +3,8 @@
 Both train the same model with the same LoRA on the same token ids in the same order, one after the
 other, each in a process of its own. Only real tokens count, never padding; the first steps are
 warm-up and are dropped; loading and tokenizing are not timed. The work is checked to be equal: the
-loss of the first batch falls in both, and their mean losses over the last half of the steps agree within 2 %.
+loss of the first batch falls in both, and the mean losses over the last half of the steps agree
+within 2 %.
 
     python benchmarks/train_cpu.py --data rows.json --peer-python peer/bin/python
 
@@ -65,7 +66,7 @@ class Work:
 
 @dataclass(frozen=True)
 class PeerSettings:
-    """How the peer does it; none of these changes what is computed.
+    """How the peer does it; none changes what is computed.
 
     `head` is fused (SFTTrainer's own: tiles of the vocabulary, every position) or logits (its
     `compute_loss` overridden by the plain Trainer's, as its deprecation notes advise).
@@ -222,12 +223,8 @@ def run_process(python: str, child: str, folder: Path, threads: int) -> Measured
     command = [python, str(Path(__file__).resolve()), "--child", child, "--folder", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise ChildError(f"{child} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{child} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return Measured(**read_json(folder / f"{child}.result.json"))
-
-
-class ChildError(RuntimeError):
-    """A child failed; the message ends with what it said."""
 
 
 def tune(
@@ -243,7 +240,7 @@ def tune(
     for candidate in dict.fromkeys(with_dtype(each, shared.dtype) for each in fitting):
         try:
             measured = run_peer(folder, short, options.peer_python, candidate)
-        except ChildError as error:  # a version without it: the others still count
+        except RuntimeError as error:  # a version without it: the others still count
             print(f"{'failed':>18}  {candidate.label}: {str(error).splitlines()[-1]}", flush=True)
             speeds[candidate] = None
             continue
@@ -590,12 +587,10 @@ def read_shared(folder: Path) -> Shared:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes an object as JSON."""
     path.write_text(json.dumps(value), encoding="utf-8")
 
 

@@ -24,7 +24,7 @@ from tunesmith.io.atomic import atomic_directory
 from tunesmith.io.manifest import file_sha256, find_damage, write_manifest
 from tunesmith.types import Json, Origin, Reporter, Sample
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 """Goes into the key: raise it when rendering or tokenization changes."""
 
 BATCH_SAMPLES = 1000
