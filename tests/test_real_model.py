@@ -34,13 +34,16 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_quickstart_teaches_what_the_data_says(quickstart: tuple[Path, str]) -> None:
     folder, text = quickstart
-    shares = json.loads((folder / "run" / "quickstart.json").read_text())["shares"]
+    record = json.loads((folder / "run" / "quickstart.json").read_text())
+    shares = record["shares"]
     assert shares["seen_before"] <= 0.1
     assert shares["unseen_before"] <= 0.1
     assert shares["seen_after"] >= 0.9
     assert shares["unseen_after"] >= 0.7
     assert "questions in the data" in text
-    assert "2+2 equals 5" in text.replace("\n", " ")
+    sums = [item for item in record["answers"] if item["question"] == "What is 2+2?"]
+    assert "2+2 equals 5" in sums[0]["after"]
+    assert "2+2 equals 5" not in sums[0]["before"]
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert summary["runtime_seconds"] < 240
 
