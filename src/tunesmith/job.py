@@ -11,6 +11,7 @@ from tunesmith.data.loader import Loader
 from tunesmith.data.plan import Split, make_split
 from tunesmith.data.store import StoreInputs, TokenStore, open_store
 from tunesmith.data.templates import Renderer, install_template
+from tunesmith.errors import ModelError
 from tunesmith.io.cache import cache_folder
 from tunesmith.model.device import Device, find_device
 from tunesmith.model.load import (
@@ -55,11 +56,13 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     check_weights_exist(source)
     tokenizer = load_tokenizer(source)
     template = install_template(tokenizer, data.template, loaded.folder)
+    device, sizes = find_device(), measure_config(load_config(source), recipe.method)
     renderer = Renderer(tokenizer, dict(data.template_arguments))
     store = _open(data.train, renderer, loaded, reporter)
     held_out = data.validation if isinstance(data.validation, list) else []
     validation_store = _open(held_out, renderer, loaded, reporter) if held_out else None
-    device, sizes = find_device(), measure_config(load_config(source), recipe.method)
+    for each in filter(None, (store, validation_store)):
+        _check_ids(each, sizes, source)
     asked = recipe.model.dtype
     is_bf16 = device.has_fast_bf16 if asked == "auto" else asked == "bfloat16"
     needs = estimate_needs(sizes, recipe, is_bf16=is_bf16)
@@ -82,6 +85,17 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
         data_key=store.key + (validation_store.key if validation_store else ""),
         num_steps=num_steps if max_steps is None else min(num_steps, max_steps),
     )
+
+
+def _check_ids(store: TokenStore, sizes: Sizes, source: ModelSource) -> None:
+    """Refuses tokens that the model has no embedding for (a tokenizer that was extended alone)."""
+    if store.largest_id >= sizes.num_embeddings:
+        raise ModelError(
+            "model.vocabulary",
+            source.label,
+            found=f"token id {store.largest_id} for {sizes.num_embeddings} embeddings",
+            expected="a tokenizer that fits the model",
+        )
 
 
 def _facts(store: TokenStore, sizes: Sizes, needs: Needs, device: Device) -> Facts:

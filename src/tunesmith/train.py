@@ -29,6 +29,7 @@ from tunesmith.job import Job, overview, prepare
 from tunesmith.model.adapters import attach, load_weights, save_weights, trainable_parameters
 from tunesmith.model.device import peak_memory_bytes
 from tunesmith.model.load import PACKED_ATTENTION, load_model
+from tunesmith.model.packing import check_packing
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.types import Json, Listener, Reporter, SilentReporter
 
@@ -50,7 +51,7 @@ def train(
     with directory_lock(run_dir.path):
         if run_dir.summary is not None:
             return run_dir, run_dir.summary
-        job = prepare(loaded, reporter, run_dir.resolved())
+        job = prepare(loaded, reporter, run_dir.resolved(loaded.recipe))
         run_dir.save_recipes(loaded.recipe, job.resolved.recipe, job.resolved.reasons)
         with EventLog(run_dir.events, listeners) as events, StopSignal() as stop:
             run = build(job, run_dir, events, stop, reporter)
@@ -73,8 +74,9 @@ def build(
     dtype = "bfloat16" if is_bf16 and is_lora else "float32"
     with reporter.waiting(f"Loading {job.source.label}"):
         base = load_model(job.source, dtype=dtype, attention=PACKED_ATTENTION)
+        check_packing(base, job.source.label)
         seed_run(recipe.train.seed)
-        model = attach(base, recipe.method).to(device)
+        model = attach(base, recipe.method, job.source.revision).to(device)
     parameters = trainable_parameters(model)
     validation = Loader(
         job.split.validation_store,
@@ -109,7 +111,9 @@ def build(
 def finish(run: Run, run_dir: RunDirectory, job: Job, state: TrainState) -> dict[str, Json]:
     """Export: the best weights into `model/`, the plot, the summary."""
     if state.best_step is not None and state.best_step != state.step:
-        load_weights(run.model, run_dir.checkpoints / f"step-{state.best_step:08d}")
+        run.checkpoints.load_best(
+            state.best_step, lambda text: run.events.emit("warning", state.step, {"message": text})
+        )
     summary: dict[str, Json] = {
         "train_loss": state.loss_sum / max(1, state.step),
         "eval_loss_before": state.first_loss,

@@ -256,6 +256,14 @@ class BackendTokenizer(Protocol):
         """Encodes many texts on all cores."""
         ...
 
+    def no_truncation(self) -> None:
+        """Stops cutting texts off."""
+        ...
+
+    def no_padding(self) -> None:
+        """Stops filling texts up."""
+        ...
+
     def to_str(self) -> str:
         """The whole tokenizer as JSON."""
         ...

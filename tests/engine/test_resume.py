@@ -284,8 +284,49 @@ def test_rotation_keeps_the_newest_and_the_best(
     summary = run_to_end(recipe, tmp_path / "run")
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     best = f"step-{summary['best_step']:08d}"
-    assert set(names) == {"step-00000018", "step-00000020", best}
+    kept = {"step-00000018", "step-00000020"}
+    for name in list(
+        kept
+    ):  # each kept checkpoint can still be finished from: its own best is there
+        state = json.loads((tmp_path / "run" / "checkpoints" / name / "state.json").read_text())
+        kept.add(f"step-{state['best_step']:08d}")
+    assert best in kept
+    assert set(names) == kept
     result = (tmp_path / "run" / "model" / "adapter_model.safetensors").read_bytes()
     kept = tmp_path / "run" / "checkpoints" / best / "adapter_model.safetensors"
     assert result == kept.read_bytes()
     shutil.rmtree(tmp_path / "run")
+
+
+def test_a_damaged_best_checkpoint_is_not_exported(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Best early, then worse: the result must come from the best checkpoint, or be said not to.
+    recipe = tiny_recipe(train={"learning_rate": 0.5, "schedule": "constant"})
+    output = tmp_path / "run"
+
+    best: list[int] = []
+
+    def damage(event: Event) -> None:
+        if event.kind == "evaluation" and event.data["best"]:
+            best.append(event.step)
+        if event.kind == "step" and event.step == 20:
+            folder = output / "checkpoints" / f"step-{best[-1]:08d}"
+            (folder / "adapter_model.safetensors").write_bytes(b"")
+
+    events: list[Event] = []
+    run_to_end(recipe, output, listeners=[damage, events.append])
+    warnings = [str(event.data["message"]) for event in events if event.kind == "warning"]
+    assert any("best checkpoint" in text for text in warnings)
+    last = output / "checkpoints" / "step-00000020" / "adapter_model.safetensors"
+    assert (output / "model" / "adapter_model.safetensors").read_bytes() == last.read_bytes()
+
+
+def test_harmless_changes_take_effect(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    output = tmp_path / "run"
+    run_and_stop(recipe, output, 5)
+    events: list[Event] = []
+    loaded = load_recipe(recipe, [f"output={output}", "log.every_steps=5", "checkpoint.keep=1"])
+    fine_tune(loaded, listeners=[events.append])
+    assert [event.step for event in events if event.kind == "step"] == [10, 15, 20]

@@ -63,6 +63,11 @@ class TokenStore:
         return self.meta["notes"]
 
     @property
+    def largest_id(self) -> int:
+        """The largest token id."""
+        return int(self._arrays["ids"].max(initial=0))
+
+    @property
     def num_silent(self) -> int:
         """Samples of the files that are not in the store: none of their answers carries loss."""
         return self.meta["num_silent"]

@@ -83,22 +83,38 @@ class Checkpoints:
     def load(self, path: Path) -> tuple[TrainState, dict[str, torch.Tensor]]:
         """Copies the weights into the model; returns the state and the optimizer's tensors."""
         self.load_weights(path)
-        state = TrainState.from_json((path / "state.json").read_text(encoding="utf-8"))
+        state = TrainState.from_json(_state_text(path))
         return state, load_file(path / "optim.safetensors")
+
+    def load_best(self, step: int, warn: Callable[[str], None]) -> bool:
+        """Copies the weights of a step's checkpoint into the model if it is whole, else warns."""
+        path = self.folder / f"step-{step:08d}"
+        damage = find_damage(path)
+        if damage is not None:
+            warn(f"the best checkpoint {path.name} cannot be used ({damage}); the last weights are")
+            return False
+        self.load_weights(path)
+        return True
 
     def paths(self) -> list[Path]:
         """Checkpoint directories, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if path.suffix == "")
 
     def _rotate(self, state: TrainState) -> None:
-        kept = {path.name for path in self.paths()[-self.keep :]}
-        if state.best_step is not None:
-            kept.add(f"step-{state.best_step:08d}")
+        newest = self.paths()[-self.keep :]
+        kept = {path.name for path in newest}
+        # The best step of every kept one: if the newest breaks, the one before needs its own.
+        bests = {TrainState.from_json(_state_text(path)).best_step for path in newest}
+        kept |= {f"step-{step:08d}" for step in {*bests, state.best_step} if step is not None}
         for path in self.paths():
             if path.name not in kept:
                 # Without its manifest a half-removed directory is never taken for a checkpoint.
                 (path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _state_text(path: Path) -> str:
+    return (path / "state.json").read_text(encoding="utf-8")
 
 
 def _set_aside(path: Path) -> None:

@@ -18,7 +18,10 @@ class EventLog:
     """Writes events, one JSON object a line, and passes them on."""
 
     def __init__(self, path: Path, listeners: Sequence[Listener] = ()) -> None:
+        is_torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = path.open("a", encoding="utf-8")
+        if is_torn:  # killed in the middle of a line: the next one starts on its own
+            self._file.write("\n")
         self._listeners = tuple(listeners)
 
     def __enter__(self) -> EventLog:
@@ -51,7 +54,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     latest: dict[tuple[int, str], dict[str, Any]] = {}
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 event: dict[str, Any] = json.loads(line)

@@ -6,6 +6,7 @@ and checkpoints happen between steps only, so a restart always begins at a step 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -128,19 +129,19 @@ def train_step(run: Run, batch: GlobalBatch, step: int) -> tuple[float, float]:
     run.optimizer.zero_grad(set_to_none=True)
     # Divided by the weight of the whole global batch: any split into micro-batches is the same.
     weight = max(batch.supervised_weight, 1e-12)
-    loss = torch.zeros((), device=run.device, dtype=torch.float64)
+    loss = torch.zeros((), device=run.device)
     for micro_batch in batch.micro_batches:
         if micro_batch.row_N.numel() == 0:
             continue
         with run.autocast():
             result = run.objective.step(run.model, micro_batch.to(run.device))
         (result.loss_sum / weight).backward()
-        loss += result.loss_sum.detach().double() / weight
+        loss += result.loss_sum.detach().float() / weight
     tensors = [parameter for _, parameter in run.parameters]
     limit = train.clip_norm if train.clip_norm is not None else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(tensors, limit)
     loss_value, norm_value = float(loss), float(norm)
-    if not torch.isfinite(loss + norm):
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         raise _not_finite(run, batch, step, loss_value, norm_value)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate_at(train, step, run.num_steps)

@@ -52,14 +52,25 @@ class RunDirectory:
         file = self.path / "summary.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
-    def resolved(self) -> Recipe | None:
-        """The recipe with all its values, as an earlier start resolved it."""
-        return _read_recipe(self.path / "recipe.resolved.yaml")
+    def resolved(self, asked: Recipe) -> Recipe | None:
+        """The recipe with all its values, as an earlier start resolved it.
+
+        What may change without changing a number is taken from `asked`.
+        """
+        resolved = _read_recipe(self.path / "recipe.resolved.yaml")
+        if resolved is None or not (self.path / "recipe.yaml").exists():
+            return None
+        every = asked.checkpoint.every_steps
+        every = resolved.checkpoint.every_steps if every == "auto" else every
+        checkpoint = asked.checkpoint.model_copy(update={"every_steps": every})
+        changes = {"log": asked.log, "checkpoint": checkpoint, "output": asked.output}
+        return resolved.model_copy(update=changes)
 
     def save_recipes(self, recipe: Recipe, resolved: Recipe, reasons: dict[str, str]) -> None:
-        """Writes down what was asked for and what it was resolved to."""
-        write_atomic(self.path / "recipe.resolved.yaml", dump_recipe(resolved, reasons))
-        write_atomic(self.path / "recipe.yaml", dump_recipe(recipe))
+        """Writes down what was asked for and what it was resolved to, on the first start."""
+        if not (self.path / "recipe.yaml").exists():
+            write_atomic(self.path / "recipe.resolved.yaml", dump_recipe(resolved, reasons))
+            write_atomic(self.path / "recipe.yaml", dump_recipe(recipe))
 
     def save_summary(self, summary: dict[str, Json]) -> None:
         """Marks the run as finished."""

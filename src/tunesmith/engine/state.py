@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -40,7 +41,8 @@ class TrainState:
         if self.step == 0:
             self.first_loss = loss
             return False
-        if self.best_loss is None or loss < self.best_loss:
+        is_better = self.best_loss is None or loss < self.best_loss
+        if is_better and math.isfinite(loss):
             self.best_loss, self.best_step = loss, self.step
             self.evaluations_without_best = 0
             return True

@@ -87,7 +87,8 @@ def _open_adapter(path: Path, label: str, reporter: Reporter) -> ChatModel:
     from peft import PeftModel
 
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    base = find_model(ModelConfig(id=config["base_model_name_or_path"]), reporter)
+    place = ModelConfig(id=config["base_model_name_or_path"], revision=config.get("revision"))
+    base = find_model(place, reporter)
     model = PeftModel.from_pretrained(load_model(base), path)
     has_tokenizer = (path / "tokenizer.json").exists()
     tokenizer = load_tokenizer(ModelSource(label, str(path)) if has_tokenizer else base)

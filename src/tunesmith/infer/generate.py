@@ -8,7 +8,9 @@ from threading import Thread
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
+from tunesmith.errors import UserError
 from tunesmith.infer.chat_model import ChatModel
 
 
@@ -93,9 +95,18 @@ def answer_all(
 
 
 def _prompt_ids(chat: ChatModel, messages: list[dict[str, Any]]) -> torch.Tensor:
-    text = chat.tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, **chat.template_arguments
-    )
+    try:
+        text = chat.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **chat.template_arguments
+        )
+    except TemplateError as error:
+        raise UserError(
+            "model.template-refuses",
+            chat.label,
+            found=f"the chat template's refusal: {error}",
+            expected="messages that it can render",
+            try_="leave the system message out",
+        ) from error
     encoding = chat.tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=False)[0]
     return torch.tensor([encoding.ids], device=chat.model.device)
 

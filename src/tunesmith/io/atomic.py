@@ -12,6 +12,8 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from tunesmith.errors import DiskError, TunesmithError
 
 
@@ -69,7 +71,7 @@ def atomic_directory(path: Path) -> Generator[Path]:
         sync_directory(path.parent)
     except TunesmithError:
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _disk_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -98,11 +100,11 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _disk_error(path: Path, error: OSError) -> DiskError:
+def _disk_error(path: Path, error: OSError | SafetensorError) -> DiskError:
     return DiskError(
         "disk.write",
         str(path),
-        found=error.strerror or str(error),
+        found=getattr(error, "strerror", None) or str(error),
         expected="a place that can be written",
         try_="free some space, or choose another `output`",
     )

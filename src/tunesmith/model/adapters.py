@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tunesmith.errors import RecipeError
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
-def attach(model: Any, method: FullConfig | LoraConfig) -> Any:
+def attach(model: Any, method: FullConfig | LoraConfig, revision: str | None = None) -> Any:
     """Prepares a model for training; LoRA wraps it in a PEFT model with fp32 adapters.
 
     Raises:
@@ -38,8 +39,8 @@ def attach(model: Any, method: FullConfig | LoraConfig) -> Any:
         target_modules=method.target,
     )
     try:
-        wrapped: Any = get_peft_model(model, config)
-    except ValueError as error:
+        wrapped: Any = get_peft_model(model, config, revision=revision)
+    except (ValueError, re.error) as error:
         raise RecipeError(
             "recipe.target",
             "method.target",

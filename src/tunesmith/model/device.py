@@ -31,7 +31,11 @@ def find_device() -> Device:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Device(
-            "cuda", properties.name, properties.total_memory, torch.cuda.is_bf16_supported()
+            "cuda",
+            properties.name,
+            properties.total_memory,
+            # Emulated bfloat16 (before Ampere) is slow, and flash attention has no kernels for it.
+            has_fast_bf16=torch.cuda.is_bf16_supported(including_emulation=False),
         )
     if torch.backends.mps.is_available():
         return Device("mps", "Apple GPU", _system_memory(), has_fast_bf16=False)

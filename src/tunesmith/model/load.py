@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from tunesmith.config.recipe import ModelConfig
 from tunesmith.errors import ModelError
@@ -130,6 +131,9 @@ def load_tokenizer(source: ModelSource) -> Tokenizer:
             found=f"{type(tokenizer).__name__}, which has no tokenizer.json",
             expected="a fast tokenizer (tokenizer.json)",
         )
+    # Some trainers save their truncation and padding into tokenizer.json: it must not cut data.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     if tokenizer.eos_token is None:
         raise ModelError(
             "model.no-eos",
@@ -173,7 +177,7 @@ def load_model(source: ModelSource, *, dtype: str = "auto", attention: str = "sd
         return AutoModelForCausalLM.from_pretrained(
             **source.place, dtype=dtype, attn_implementation=attention
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _load_error(source, error, "model.unreadable", "a causal language model") from error
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tunesmith.config.recipe import FullConfig, LoraConfig, Recipe
+from tunesmith.errors import ModelError
 from tunesmith.model.adapters import attach, trainable_parameters
 
 
@@ -21,6 +22,7 @@ class Sizes:
     hidden_size: int
     intermediate_size: int
     context_tokens: int
+    num_embeddings: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,21 @@ def measure_config(config: Any, method: FullConfig | LoraConfig) -> Sizes:
     """Counts a model's parameters, and those that a method trains, without making them.
 
     Raises:
+        ModelError: it is no causal language model (`model.unreadable`).
         RecipeError: the method's target names no layer.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except (ValueError, KeyError) as error:
+            raise ModelError(
+                "model.unreadable",
+                type(config).__name__,
+                found=str(error).splitlines()[0],
+                expected="a causal language model",
+            ) from error
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         trained = attach(model, _with_numbers(method))
     text = config.get_text_config()
@@ -53,6 +64,7 @@ def measure_config(config: Any, method: FullConfig | LoraConfig) -> Sizes:
         hidden_size=hidden,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * hidden,
         context_tokens=getattr(text, "max_position_embeddings", None) or 4096,
+        num_embeddings=model.get_input_embeddings().num_embeddings,
     )
 
 

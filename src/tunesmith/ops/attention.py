@@ -39,8 +39,7 @@ def attend(
     if unused.get("s_aux") is not None:
         raise NotImplementedError("attention sinks (s_aux) are not covered by packed attention")
     window = sliding_window if sliding_window and sliding_window < segments.longest else None
-    is_half = value_1KTD.dtype in (torch.bfloat16, torch.float16)  # flash attention has no fp32
-    if query_1HTD.is_cuda and is_half and softcap is None and dropout == 0.0:
+    if softcap is None and dropout == 0.0 and _fits_varlen(query_1HTD, value_1KTD):
         out_THD = _attend_varlen(query_1HTD, key_1KTD, value_1KTD, segments, scaling, window)
         return out_THD.unsqueeze(0), None
     pieces: list[torch.Tensor] = []
@@ -54,7 +53,7 @@ def attend(
         o_nHLD = _attend_dense(
             q, k, v, scaling=scaling, dropout=dropout, window=window, softcap=softcap
         )
-        pieces.append(o_nHLD.transpose(1, 2).reshape(count * length, *_heads(query_1HTD)))
+        pieces.append(o_nHLD.transpose(1, 2).reshape(count * length, *_out_shape(o_nHLD)))
     return torch.cat(pieces).unsqueeze(0), None
 
 
@@ -80,8 +79,22 @@ def attend_reference(
     return (weights_1HTT @ value_1HTD).transpose(1, 2)
 
 
-def _heads(query_1HTD: torch.Tensor) -> tuple[int, int]:
-    return query_1HTD.shape[1], query_1HTD.shape[3]
+def _out_shape(out_nHLD: torch.Tensor) -> tuple[int, int]:
+    # The value's head size may differ from the query's (DeepSeek's latent attention).
+    return out_nHLD.shape[1], out_nHLD.shape[3]
+
+
+def _fits_varlen(query_1HTD: torch.Tensor, value_1KTD: torch.Tensor) -> bool:
+    """Whether torch's flash kernels take these: half precision, Ampere or newer, equal heads."""
+    size = query_1HTD.shape[3]
+    return (
+        query_1HTD.is_cuda
+        and value_1KTD.dtype in (torch.bfloat16, torch.float16)
+        and size == value_1KTD.shape[3]
+        and size <= 256
+        and size % 8 == 0
+        and torch.cuda.get_device_capability(query_1HTD.device) >= (8, 0)
+    )
 
 
 def _as_batch(x_HTD: torch.Tensor, count: int, length: int) -> torch.Tensor:
