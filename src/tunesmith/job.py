@@ -18,6 +18,7 @@ from tunesmith.model.load import (
     ModelSource,
     check_weights_exist,
     find_model,
+    fingerprint,
     load_config,
     load_tokenizer,
 )
@@ -56,7 +57,8 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     check_weights_exist(source)
     tokenizer = load_tokenizer(source)
     template = install_template(tokenizer, data.template, loaded.folder)
-    device, sizes = find_device(), measure_config(load_config(source), recipe.method)
+    config = load_config(source)
+    device, sizes = find_device(), measure_config(config, recipe.method)
     renderer = Renderer(tokenizer, dict(data.template_arguments))
     store = _open(data.train, renderer, loaded, reporter)
     held_out = data.validation if isinstance(data.validation, list) else []
@@ -70,6 +72,8 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     values = values or resolve(recipe, _facts(store, sizes, needs, device))
     loader, split = _split(values.recipe, store, validation_store)
     max_steps = values.recipe.train.max_steps
+    keys = [fingerprint(source, config), store.content_key]
+    keys += [validation_store.content_key] if validation_store else []
     num_steps = loader.steps_per_epoch * number(values.recipe.train.epochs)
     return Job(
         source=source,
@@ -82,7 +86,7 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
         needs=needs,
         device=device,
         loader=loader,
-        data_key=store.key + (validation_store.key if validation_store else ""),
+        data_key="-".join(keys),
         num_steps=num_steps if max_steps is None else min(num_steps, max_steps),
     )
 

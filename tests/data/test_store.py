@@ -83,7 +83,8 @@ def test_samples_and_origins(
         Origin(str(one), 2),
         Origin(str(two), 3),
     ]
-    assert store.key == made.key() == store.folder.name
+    assert store.folder.name == made.key()
+    assert store.content_key == made.content_key()
     tokenizer = made.renderer.tokenizer
     texts = [tokenizer.decode(store.sequence(sample).ids) for sample in range(3)]
     assert texts[2] == "<|im_start|>user\n你<|im_end|>\n<|im_start|>assistant\n好<|im_end|>"
@@ -175,7 +176,7 @@ def test_a_changed_byte_builds_anew(
     path.write_bytes(path.read_bytes().replace(b"answer 4", b"answer 5"))
     after = open_store(inputs(path), builds)
     assert builds.count == 2
-    assert before.key != after.key
+    assert before.content_key != after.content_key
     assert before.sample_hashes.tolist() != after.sample_hashes.tolist()
 
 
@@ -471,4 +472,5 @@ def test_origins_of_a_batch(loader: Loader) -> None:
 def test_meta_names_the_files(store_of: Callable[..., TokenStore], tmp_path: Path) -> None:
     store = store_of(make_rows(1))
     meta = json.loads((store.folder / "meta.json").read_text(encoding="utf-8"))
+    assert meta.pop("content_key") == store.content_key
     assert meta == {"files": [str(tmp_path / "data.jsonl")], "notes": {}, "num_silent": 0}

@@ -333,3 +333,19 @@ def test_harmless_changes_take_effect(tiny_recipe: Callable[..., Path], tmp_path
     loaded = load_recipe(recipe, [f"output={output}", "log.every_steps=5", "checkpoint.keep=1"])
     fine_tune(loaded, listeners=[events.append])
     assert [event.step for event in events if event.kind == "step"] == [10, 15, 20]
+
+
+def test_a_run_may_move_with_its_data_but_not_change_its_base(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "here"
+    shutil.copytree(tiny_model_folder, folder / "base")
+    write_tiny_recipe(folder, Path("base"), data={"train": "data.jsonl"})
+    run_and_stop(folder / "recipe.yaml", folder / "run", 5)
+    moved = folder.rename(tmp_path / "there")
+    config = json.loads((moved / "base" / "config.json").read_text())
+    (moved / "base" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with pytest.raises(RunError, match="base model"):
+        run_to_end(moved / "recipe.yaml", moved / "run")
+    (moved / "base" / "config.json").write_text(json.dumps(config))
+    assert run_to_end(moved / "recipe.yaml", moved / "run")["steps"] == 20

@@ -143,3 +143,22 @@ def test_a_target_that_fits_nothing_is_found_without_weights(tiny_model_folder: 
     method = LORA.model_copy(update={"target": ["nothing"]})
     with pytest.raises(RecipeError, match="q_proj"):
         measure_config(load_config(ModelSource("tiny", str(tiny_model_folder))), method)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_adapted_embeddings_and_heads_come_back_too(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    source = ModelSource("tiny", str(tiny_model_folder))
+    method = LORA.model_copy(update={"target": ["q_proj", "embed_tokens"]})
+    model = attach(load_model(source, dtype="float32"), method)
+    with torch.no_grad():
+        for _, parameter in trainable_parameters(model):
+            parameter.add_(torch.randn_like(parameter))
+    save_weights(model, tmp_path)
+    fresh = attach(load_model(source, dtype="float32"), method)
+    load_weights(fresh, tmp_path)
+    for (name, ours), (_, theirs) in zip(
+        trainable_parameters(fresh), trainable_parameters(model), strict=True
+    ):
+        assert torch.equal(ours, theirs), name

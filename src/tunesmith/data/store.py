@@ -24,7 +24,7 @@ from tunesmith.io.atomic import atomic_directory
 from tunesmith.io.manifest import file_sha256, find_damage, write_manifest
 from tunesmith.types import Json, Origin, Reporter, Sample
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 """Goes into the key: raise it when rendering or tokenization changes."""
 
 BATCH_SAMPLES = 1000
@@ -53,9 +53,9 @@ class TokenStore:
         self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
 
     @property
-    def key(self) -> str:
-        """The content hash the store is kept under."""
-        return self.folder.name
+    def content_key(self) -> str:
+        """Hash of all that decides the tokens; where the files are is not part of it."""
+        return self.meta["content_key"]
 
     @property
     def notes(self) -> dict[str, int]:
@@ -134,7 +134,12 @@ class StoreInputs:
     """Where stores are cached."""
 
     def key(self) -> str:
-        """Hash of files, source settings, template, its arguments, and tokenizer."""
+        """Name of the store in the cache: its content and, for the origins, the files' places."""
+        places = [str(path) for _, path in self.sources]
+        return hashlib.sha256(json.dumps([self.content_key(), places]).encode()).hexdigest()[:24]
+
+    def content_key(self) -> str:
+        """Hash of file contents, source settings, template, its arguments, and tokenizer."""
         tokenizer = self.renderer.tokenizer
         parts: list[Json] = [
             STORE_VERSION,
@@ -146,7 +151,7 @@ class StoreInputs:
         for source, path in self.sources:
             settings = source.model_dump(mode="json", exclude={"path"})
             content = file_sha256(path) if path.is_file() else "missing"
-            parts.append([content, str(path), json.dumps(settings, sort_keys=True)])
+            parts.append([content, json.dumps(settings, sort_keys=True)])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
@@ -221,7 +226,12 @@ def _build(inputs: StoreInputs, folder: Path, reporter: Reporter) -> None:
     raw.unlink()
     columns.save(folder)
     notes = inputs.renderer.notes - notes_before
-    meta = {"files": files, "notes": dict(notes), "num_silent": num_silent}
+    meta = {
+        "files": files,
+        "notes": dict(notes),
+        "num_silent": num_silent,
+        "content_key": inputs.content_key(),
+    }
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 

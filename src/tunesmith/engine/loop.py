@@ -80,7 +80,7 @@ def restore(run: Run, data_key: str) -> TrainState:
         raise RunError(
             "run.data-changed",
             str(path.parent.parent),
-            found="training data, template or tokenizer that differ from the run's beginning",
+            found="data, template, tokenizer or base model that differ from the run's beginning",
             expected="the same, to go on exactly",
             try_="--restart trains anew, or choose another `output`",
         )

@@ -81,6 +81,8 @@ def load_weights(model: Any, folder: Path) -> None:
             stored.update(load_file(file))
     targets = dict(_stored_names(model))
     missing = sorted(set(targets) - set(stored))
+    # PEFT writes the frozen weight of an adapted embedding or head beside its adapter.
+    stored = {name: tensor for name, tensor in stored.items() if ".base_layer." not in name}
     unknown = sorted(set(stored) - set(targets))
     # A tied head is stored once, under the embedding's name.
     tied: set[str] = set(getattr(model, "_tied_weights_keys", None) or ())
@@ -98,7 +100,7 @@ def _stored_names(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield from model.state_dict().items()
         return
     for name, parameter in trainable_parameters(model):
-        yield name.replace(".default.", "."), parameter.data
+        yield re.sub(r"\.default(?=\.|$)", "", name), parameter.data
 
 
 def _linear_names(model: Any) -> list[str]:

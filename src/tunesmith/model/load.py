@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +158,19 @@ def load_config(source: ModelSource) -> Any:
         return AutoConfig.from_pretrained(**source.place)
     except (OSError, ValueError) as error:
         raise _load_error(source, error, "model.no-config", "a model configuration") from error
+
+
+def fingerprint(source: ModelSource, config: Any) -> str:
+    """Tells one base model from another: the hub's commit, or configuration and file sizes.
+
+    Not covered: a local file whose bytes change and whose size does not.
+    """
+    commit = getattr(config, "_commit_hash", None)
+    if not source.is_local:
+        return str(commit or source.revision or "hub")[:12]
+    sizes = [(f.name, f.stat().st_size) for f in sorted(Path(source.path).glob("*.safetensors"))]
+    text = json.dumps([config.to_json_string(use_diff=True), sizes])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def load_model(source: ModelSource, *, dtype: str = "auto", attention: str = "sdpa") -> Any:
