@@ -146,6 +146,7 @@ def test_a_target_that_fits_nothing_is_found_without_weights(tiny_model_folder: 
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_adapted_embeddings_and_heads_come_back_too(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
