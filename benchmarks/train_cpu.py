@@ -91,12 +91,12 @@ class PeerSettings:
         )
 
 
-BEST = PeerSettings(rows_per_forward=2)
+BEST = PeerSettings()
 
 CANDIDATES = (
     BEST,
     replace(BEST, rows_per_forward=4),
-    replace(BEST, rows_per_forward=None),
+    replace(BEST, rows_per_forward=2),
     replace(BEST, weights="float32"),
     replace(BEST, has_autocast=False),
     replace(BEST, weights="float32", has_autocast=False),
