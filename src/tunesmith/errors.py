@@ -148,11 +148,12 @@ class Interrupted(TunesmithError):
     """The run was stopped by a signal after its state was saved."""
 
     def __init__(self, signal_number: int, where: str, *, step: int) -> None:
+        place = f"saved at step {step}" if step else "no step was done yet"
         super().__init__(
             "run.interrupted",
             where,
             found=f"signal {signal_number}",
-            expected=f"a finished run (saved at step {step})",
+            expected=f"a finished run ({place})",
             try_="run the same command again: it continues from here, bit for bit",
         )
         self.signal_number = signal_number

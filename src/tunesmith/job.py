@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from tunesmith.config.auto import AUTO_KEYS, Facts, Resolved, number, resolve
@@ -79,7 +80,7 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
         source=source,
         tokenizer=tokenizer,
         template=template,
-        notes={**store.notes, **(validation_store.notes if validation_store else {})},
+        notes=Counter(store.notes) + Counter(validation_store.notes if validation_store else {}),
         resolved=values,
         split=split,
         sizes=sizes,
@@ -142,6 +143,8 @@ def overview(job: Job, asked: Recipe) -> dict[str, Json]:
         f"template: {job.template}"
     )
     notes = [f"{count:,} samples: {note}" for note, count in job.notes.items()]
+    if asked.evaluate.early_stopping is not None and not len(split.validation):
+        notes.append("evaluate.early_stopping has no effect: no rows are held out to validate on")
     for count, what in (
         (split.num_truncated, f"longer than {job.loader.max_length} tokens, their end is cut off"),
         (split.num_dropped, f"longer than {job.loader.max_length} tokens, left out"),

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +218,26 @@ def test_sync_directory_gives_its_descriptor_back(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     sync_directory(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_kill_before_the_rename_leaves_the_old(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path\n"
+        "from tunesmith.io import atomic\n"
+        "real, path, stop = Path.replace, Path(sys.argv[1]), int(sys.argv[2])\n"
+        "count = 0\n"
+        "def replace(self, target):\n"
+        "    global count; count += 1\n"
+        "    if count == stop: os._exit(9)\n"
+        "    return real(self, target)\n"
+        "Path.replace = replace\n"
+        "atomic.write_atomic(path, 'new')\n"
+    )
+    path = tmp_path / "f"
+    path.write_text("old")
+    ended = subprocess.run([sys.executable, "-c", script, str(path), "1"], check=False)
+    assert ended.returncode == 9
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
+    sweep_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]

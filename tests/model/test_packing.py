@@ -6,23 +6,14 @@ import pytest
 import torch
 from transformers import BloomConfig, GptOssConfig, LlamaConfig, Qwen3Config
 
+from conftest import TINY_SIZES
 from tunesmith.errors import ModelError
 from tunesmith.model.load import random_model
 from tunesmith.model.packing import check_packing
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-
 
 @pytest.mark.parametrize("is_bf16", [False, True])
-@pytest.mark.parametrize("config", [LlamaConfig(**SIZES), Qwen3Config(**SIZES)])
+@pytest.mark.parametrize("config", [LlamaConfig(**TINY_SIZES), Qwen3Config(**TINY_SIZES)])
 def test_kin_of_llama_pass(config: Any, is_bf16: bool) -> None:
     torch.manual_seed(0)
     check_packing(random_model(config, is_bf16=is_bf16).eval(), "mine")
@@ -32,7 +23,7 @@ def test_kin_of_llama_pass(config: Any, is_bf16: bool) -> None:
     "config",
     [
         BloomConfig(vocab_size=101, hidden_size=32, n_layer=2, n_head=4),
-        GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1),
+        GptOssConfig(**TINY_SIZES, num_local_experts=2, num_experts_per_tok=1),
     ],
     ids=["own attention without a mask", "attention sinks"],
 )

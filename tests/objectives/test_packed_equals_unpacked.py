@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
+from conftest import TINY_SIZES
 from tunesmith.config.recipe import FullConfig, LoraConfig
 from tunesmith.data.pack import build_batch
 from tunesmith.data.tokenize import TokenSequence
@@ -15,16 +16,7 @@ from tunesmith.model.adapters import attach, trainable_parameters
 from tunesmith.model.load import PACKED_ATTENTION, random_model
 from tunesmith.objectives import OBJECTIVES
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
+SIZES = {**TINY_SIZES, "pad_token_id": 0}
 CONFIGS = {
     "llama, tied head": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "qwen2, biased q k v": Qwen2Config(**SIZES),

@@ -43,21 +43,11 @@ def make_split(
         DataError: nothing is left to train on (`data.nothing-to-learn`).
     """
     usable, counts = _usable(store, data, max_length)
-    if len(usable) == 0:
-        raise DataError(
-            [
-                Problem(
-                    "data.max_length",
-                    "data.nothing-to-learn",
-                    f"no sample with a supervised token within {max_length} tokens",
-                    "at least one",
-                )
-            ],
-            try_="raise data.max_length, or look at the rows with `tunesmith preview`",
-        )
+    _require(usable, "data.train", max_length)
     if validation_store is not None:
         train = usable
         validation, _ = _usable(validation_store, data, max_length)
+        _require(validation, "data.validation", max_length)
     else:
         count = num_validation(data, len(usable))
         inside, held_out = split_samples(store.sample_hashes[usable], count, seed)
@@ -73,6 +63,15 @@ def num_validation(data: DataConfig, num_samples: int) -> int:
     if isinstance(wanted, int):
         return min(wanted, num_samples - 1)
     return 0
+
+
+def _require(samples: npt.NDArray[np.int64], where: str, max_length: int) -> None:
+    if len(samples) == 0:
+        found = f"no sample with a supervised token within {max_length} tokens"
+        raise DataError(
+            [Problem(where, "data.nothing-to-learn", found, "at least one")],
+            try_="raise data.max_length, or look at the rows with `tunesmith preview`",
+        )
 
 
 def _usable(
