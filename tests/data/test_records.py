@@ -3,6 +3,7 @@
 import json
 import random
 import tempfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.readers import Row, read_rows, text
+from tunesmith.data.readers import Meter, Row, json_form, json_scan, read_rows, text
+from tunesmith.data.readers.data_file import DataFile
 from tunesmith.data.readers.json_array import read_json_array
 from tunesmith.errors import DataError, Problem, UserError
+from tunesmith.types import Origin
 
 ROWS: list[dict[str, Any]] = [{"n": n, "text": f"第{n}行"} for n in range(1, 10)]
 
@@ -24,8 +27,12 @@ FORMATS: dict[str, Callable[[list[str]], str]] = {
 }
 
 
-def read(path: Path, encoding: str = "utf-8") -> list[Row]:
+def read(path: Path, encoding: str = "auto") -> list[Row]:
     return list(read_rows(path, encoding=encoding))
+
+
+def at(path: Path, line: int, value: dict[str, Any]) -> Row:
+    return Row(Origin(str(path), line), value)
 
 
 def values(rows: list[Row]) -> list[Any]:
@@ -56,7 +63,7 @@ def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("form", FORMATS)
 def test_rows_with_their_lines(tmp_path: Path, form: str) -> None:
     rows = read(written(tmp_path / "d.json", FORMATS[form](dumped(ROWS))))
-    assert rows == [Row(line, value) for line, value in enumerate(ROWS, start=1)]
+    assert rows == [at(tmp_path / "d.json", *pair) for pair in enumerate(ROWS, start=1)]
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -65,14 +72,14 @@ def test_the_first_character_decides(tmp_path: Path, form: str, suffix: str) -> 
     path = written(tmp_path / f"d{suffix}", "\n  \n" + FORMATS[form](dumped(ROWS)))
     rows = read(path)
     assert values(rows) == ROWS
-    assert rows[0].line == 3
+    assert rows[0].origin.line == 3
 
 
 def test_rows_over_several_lines_count_from_their_start(tmp_path: Path, chunk_bytes: int) -> None:
     path = written(tmp_path / "d.json", json.dumps(ROWS, ensure_ascii=False, indent=2))
     rows = read(path)
     assert values(rows) == ROWS
-    assert [row.line for row in rows] == [2 + 4 * index for index in range(9)], chunk_bytes
+    assert [row.origin.line for row in rows] == [2 + 4 * index for index in range(9)], chunk_bytes
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -85,7 +92,7 @@ def test_broken_json_names_line_7(tmp_path: Path, form: str, broken: str) -> Non
     path = written(tmp_path / "d.json", FORMATS[form](lines))
     rows = read(path)
     bad = [row for row in rows if isinstance(row.value, Problem)]
-    assert [row.line for row in bad] == [7]
+    assert [row.origin.line for row in bad] == [7]
     problem = bad[0].value
     assert isinstance(problem, Problem)
     assert (problem.where, problem.code) == (f"{path}:7", "data.json")
@@ -102,10 +109,10 @@ def test_broken_json_inside_a_long_object_names_its_own_line(
     content = '[\n {\n  "a": 1\n },\n {\n  "b": [1,\n   2, ],\n  "c": 3\n }\n]\n'
     path = written(tmp_path / "d.json", content)
     good, bad = read(path)
-    assert good == Row(2, {"a": 1})
+    assert good == at(path, 2, {"a": 1})
     assert isinstance(bad.value, Problem)
     assert bad.value.where == f"{path}:7", chunk_bytes
-    assert bad.line == 7
+    assert bad.origin.line == 7
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -114,7 +121,7 @@ def test_every_bad_line_is_reported(tmp_path: Path, form: str) -> None:
     for index, bad in ((1, "3"), (3, '"text"'), (4, "null"), (6, "true"), (8, "[1]")):
         lines[index] = bad
     rows = read(written(tmp_path / "d.json", FORMATS[form](lines)))
-    found = {row.line: row.value.found for row in rows if isinstance(row.value, Problem)}
+    found = {row.origin.line: row.value.found for row in rows if isinstance(row.value, Problem)}
     codes = {row.value.code for row in rows if isinstance(row.value, Problem)}
     assert found == {2: "a number", 4: "a string", 5: "null", 7: "true or false", 9: "an array"}
     assert codes == {"data.row"}
@@ -129,14 +136,20 @@ def test_byte_order_marks_and_line_ends(
 ) -> None:
     content = FORMATS[form](dumped(ROWS)).replace("\n", newline)
     rows = read(written(tmp_path / "d.jsonl", mark + content.encode()))
-    assert [(row.line, row.value) for row in rows] == list(enumerate(ROWS, start=1)), chunk_bytes
+    assert [(row.origin.line, row.value) for row in rows] == list(enumerate(ROWS, start=1)), (
+        chunk_bytes
+    )
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_blank_lines_are_counted_and_skipped(tmp_path: Path, form: str) -> None:
     content = FORMATS[form](dumped(ROWS[:3])).replace("\n", "\n\n   \n", 1)
     rows = read(written(tmp_path / "d.jsonl", content))
-    assert [(row.line, row.value) for row in rows] == [(1, ROWS[0]), (4, ROWS[1]), (5, ROWS[2])]
+    assert [(row.origin.line, row.value) for row in rows] == [
+        (1, ROWS[0]),
+        (4, ROWS[1]),
+        (5, ROWS[2]),
+    ]
 
 
 def test_no_newline_at_the_end(tmp_path: Path) -> None:
@@ -182,9 +195,9 @@ def test_a_missing_file_with_nothing_near(tmp_path: Path, place: str) -> None:
 
 
 def test_another_format(tmp_path: Path) -> None:
-    error = refusal(written(tmp_path / "d.csv", "instruction,output\na,b\n"))
+    error = refusal(written(tmp_path / "d.docx", "instruction,output\na,b\n"))
     assert error.code == "data.format"
-    assert "'i'" in error.found
+    assert ".xlsx" in error.expected
 
 
 # Encodings
@@ -203,7 +216,7 @@ def test_gbk_is_recognized(tmp_path: Path, form: str) -> None:
     lines = dumped([{"n": 1}, {"text": "今天天气很好，我们去公园散步。"}])
     path = written(tmp_path / "d.json", FORMATS[form](lines).encode("gbk"))
     row = read(path)[-1]
-    assert row.line == 2
+    assert row.origin.line == 2
     problem = row.value
     assert isinstance(problem, Problem)
     assert (problem.where, problem.code) == (f"{path}:2", "data.encoding")
@@ -242,7 +255,7 @@ def test_a_bad_byte_far_into_an_array(tmp_path: Path, chunk_bytes: int) -> None:
     path = written(tmp_path / "d.json", b"[\n" + b",\n".join(lines) + b"\n]")
     rows = read(path)
     bad = [row for row in rows if isinstance(row.value, Problem)]
-    assert [row.line for row in bad] == [8], chunk_bytes
+    assert [row.origin.line for row in bad] == [8], chunk_bytes
     assert rows[-1] is bad[0]
     assert isinstance(bad[0].value, Problem)
     assert bad[0].value.where == f"{path}:8"
@@ -283,7 +296,7 @@ def test_values_that_nothing_can_take(tmp_path: Path, form: str, value: str) -> 
     (row,) = read(written(tmp_path / "d.json", FORMATS[form](['{"a": ' + value + "}"])))
     assert isinstance(row.value, Problem)
     assert row.value.code == "data.json"
-    assert row.line == 1
+    assert row.origin.line == 1
 
 
 # Arrays, piece by piece
@@ -312,7 +325,7 @@ def test_numbers_cut_between_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = written(tmp_path / "d.json", '[{"a": 123456789, "b": 1.25e+2, "c": -12}]')
     for size in range(1, 40):
         monkeypatch.setattr(text, "CHUNK_BYTES", size)
-        rows = [value for _, value in read_json_array(path, "utf-8")]
+        rows = [row.value for row in read_json_array(DataFile(path))]
         assert rows == [{"a": 123456789, "b": 125.0, "c": -12}]
 
 
@@ -323,7 +336,7 @@ def test_numbers_as_rows_cut_between_pieces(
     found: list[str] = []
     for size in range(1, 20):
         monkeypatch.setattr(text, "CHUNK_BYTES", size)
-        found += [value.found for _, value in read_json_array(path, "utf-8")]  # type: ignore
+        found += [row.value.found for row in read_json_array(DataFile(path))]  # type: ignore
     assert found == ["a number"] * 3 * 19
 
 
@@ -345,7 +358,7 @@ def test_an_array_cut_off_in_the_middle(
 ) -> None:
     path = written(tmp_path / "d.json", content)
     rows = read(path)
-    assert rows[0] == Row(2, {"a": 1})
+    assert rows[0] == at(path, 2, {"a": 1})
     problem = rows[-1].value
     assert isinstance(problem, Problem)
     assert problem.code == "data.json"
@@ -364,15 +377,13 @@ def test_an_array_that_is_only_opened(tmp_path: Path, content: str) -> None:
 def test_text_behind_the_array_is_a_problem(tmp_path: Path, content: str) -> None:
     rows = read(written(tmp_path / "d.json", content))
     assert isinstance(rows[-1].value, Problem)
-    assert rows[-1].line == 2
+    assert rows[-1].origin.line == 2
 
 
 def test_a_missing_quote_does_not_read_the_whole_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunesmith.data.readers import json_array
-
-    monkeypatch.setattr(json_array, "MAX_ROW_CHARS", 1000)
+    monkeypatch.setattr(json_scan, "MAX_ROW_CHARS", 1000)
     monkeypatch.setattr(text, "CHUNK_BYTES", 100)
     path = written(tmp_path / "d.json", '[{"a": "' + "x" * 100_000 + '"}]')
     pieces: list[str] = []
@@ -383,11 +394,49 @@ def test_a_missing_quote_does_not_read_the_whole_file(
             pieces.append(str(chunk))
             yield chunk
 
-    monkeypatch.setattr(json_array, "read_chunks", counted)
+    monkeypatch.setattr(json_scan, "read_chunks", counted)
     (row,) = read(path)
     assert isinstance(row.value, Problem)
     assert row.value.where == f"{path}:1"
     assert len(pieces) < 20
+
+
+def test_a_huge_row_is_tried_a_few_times_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "CHUNK_BYTES", 100)
+    lengths: list[int] = []
+    real = json.JSONDecoder.raw_decode
+
+    def counted(self: json.JSONDecoder, content: str, at: int) -> Any:
+        lengths.append(len(content) - at)
+        return real(self, content, at)
+
+    monkeypatch.setattr(json.JSONDecoder, "raw_decode", counted)
+    row = {"a": ["x" * 100] * 1000}
+    assert values(read(written(tmp_path / "d.json", json.dumps([row])))) == [row]
+    assert sum(lengths) < 4 * (tmp_path / "d.json").stat().st_size
+
+
+@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: {"version": 1, "data": rows}])
+def test_one_long_line_is_read_in_little_memory(
+    tmp_path: Path, wrap: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr(json_form, "MAX_FIRST_LINE_CHARS", 1 << 14)
+    rows = [{"n": n, "text": "天地玄黄" * 50} for n in range(5000)]
+    path = written(tmp_path / "d.json", json.dumps(wrap(rows), ensure_ascii=False))
+    meter, seen = Meter(), set[int]()
+    tracemalloc.start()
+    for n, row in enumerate(read_rows(path, meter=meter)):
+        assert row.value == rows[n]
+        seen.add(meter.bytes_read)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 2_500_000
+    assert peak < 500_000
+    assert len(seen) > 100
+    assert max(seen) == meter.bytes_read == path.stat().st_size
 
 
 def test_arrays_are_read_as_they_are_asked_for(
@@ -397,7 +446,7 @@ def test_arrays_are_read_as_they_are_asked_for(
     lines = dumped([{"text": "x" * 50}] * 100)
     path = written(tmp_path / "d.json", "[" + ",\n".join(lines) + '\n"broken')
     rows = read_rows(path)
-    assert next(rows) == Row(1, {"text": "x" * 50})  # the broken end was not looked at
+    assert next(rows) == at(path, 1, {"text": "x" * 50})  # the broken end was not looked at
     rows.close()  # type: ignore[attr-defined]
 
 

@@ -2,96 +2,119 @@
 
 from __future__ import annotations
 
-import codecs
-import difflib
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tunesmith.data.readers.csv_table import read_csv
+from tunesmith.data.readers.data_file import DataFile, Meter
+from tunesmith.data.readers.documents import read_markdown, read_text
+from tunesmith.data.readers.encodings import check_encoding, head_of
+from tunesmith.data.readers.files import TABLE_ENDINGS, TEXT_ENDINGS, check_file, is_mindrecord
 from tunesmith.data.readers.json_array import read_json_array
+from tunesmith.data.readers.json_form import json_form
 from tunesmith.data.readers.json_lines import read_json_lines
-from tunesmith.data.readers.text import read_lines
+from tunesmith.data.readers.json_objects import read_json_objects
+from tunesmith.data.readers.row import Row
 from tunesmith.errors import DataError, Problem
-from tunesmith.types import Json
+
+Reader = Callable[[DataFile], Iterator[Row]]
+
+JSON_READERS: dict[str, Reader] = {
+    "array": read_json_array,
+    "lines": read_json_lines,
+    "objects": read_json_objects,
+}
+
+# Beginnings of files that are no text, whatever their names say.
+BEGINNINGS = {
+    b"PK\x03\x04": "a zip archive or an Excel workbook",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook, or one with a password",
+    b"PAR1": "a Parquet table",
+    b"ARROW1": "an Arrow table",
+    b"%PDF": "a PDF document",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+}
+
+JSON_BEGINNING = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"')
+
+LFS_POINTER = b"version https://git-lfs.github.com/"
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a file, or the problem that stands in its place."""
+def read_rows(
+    path: Path, *, encoding: str = "auto", sheet: str | None = None, meter: Meter | None = None
+) -> Iterator[Row]:
+    """Yields the rows of one file with their places, and problems in the places of bad rows.
 
-    line: int
-    value: dict[str, Json] | Problem
+    The name's ending tells tables and documents. JSON is known by its first characters, so that a
+    `.json` file may hold lines, a `.jsonl` file an array, and a `.txt` file either. Text formats
+    may be packed (.gz, .zst).
 
-
-def read_rows(path: Path, *, encoding: str = "utf-8") -> Iterator[Row]:
-    """Yields the rows of a .json or .jsonl file with their line numbers.
-
-    A `.json` file may hold an array or JSON lines, and a `.jsonl` file an array: the first
-    character decides, not the name.
+    Args:
+        path: the file.
+        encoding: of text formats; `auto` goes by the byte order mark, and is UTF-8 without one.
+        sheet: of a workbook; the first that has rows if None.
+        meter: counts the bytes read.
 
     Raises:
-        DataError: the file is missing (`data.missing-file`), a folder (`data.not-a-file`), empty
-            (`data.empty-file`) or of a format that is not read (`data.format`).
+        DataError: the file as a whole cannot be read: it is missing (`data.missing-file`), a folder
+            (`data.not-a-file`), empty (`data.empty-file`), of another format (`data.format`), a
+            pointer that git left in its place (`data.lfs-pointer`), or damaged.
     """
-    _check_file(path)
-    _check_encoding(path, encoding)
-    first = _first_character(path, encoding)
-    if isinstance(first, Problem):
-        yield Row(1, first)
-    elif first == "[":
-        for line, value in read_json_array(path, encoding):
-            yield Row(line, value)
-    elif first == "{":
-        for line, value in read_json_lines(path, encoding):
-            yield Row(line, value)
-    else:
-        raise DataError(
-            [
-                Problem(
-                    str(path),
-                    "data.format",
-                    f"a file that starts with {first!r}",
-                    "JSON lines (starting with {) or a JSON array (starting with [)",
-                )
-            ]
-        )
+    check_file(path)
+    file = DataFile(path, encoding, sheet, meter or Meter())
+    check_encoding(file)
+    head = head_of(file)
+    if head.startswith(LFS_POINTER):
+        found = "a pointer that Git LFS left in place of the file"
+        problem = Problem(str(path), "data.lfs-pointer", found, "the file itself")
+        raise DataError([problem], try_="git lfs pull, or download the file again")
+    yield from _reader(file, head)(file)
 
 
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise DataError(
-            [Problem(str(path), "data.not-a-file", "a folder", "a .json or .jsonl file")]
-        )
-    if not path.exists():
-        names = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1)
-        raise DataError(
-            [Problem(str(path), "data.missing-file", "no such file", "a data file")],
-            try_=f"did you mean {path.parent / near[0]}?" if near else None,
-        )
-    if not os.access(path, os.R_OK):
-        found = "a file that may not be read"
-        raise DataError([Problem(str(path), "data.unreadable", found, "read permission")])
-    if path.stat().st_size == 0:
-        raise DataError([Problem(str(path), "data.empty-file", "0 bytes", "at least one row")])
+def _reader(file: DataFile, head: bytes) -> Reader:
+    ending = file.path.suffix.lower()
+    if is_mindrecord(file.path):
+        return _read_mindrecord
+    if ending in (".xlsx", ".xlsm"):
+        # Here, because it takes a moment to load that nobody without workbooks should wait for.
+        from tunesmith.data.readers.excel import read_excel
+
+        return read_excel
+    if ending in (".parquet", ".arrow"):
+        from tunesmith.data.readers import arrow
+
+        return arrow.read_parquet if ending == ".parquet" else arrow.read_arrow
+    for beginning, kind in BEGINNINGS.items():
+        if head.startswith(beginning):
+            raise _unknown_format(file, kind)
+    if file.ending in (".csv", ".tsv"):
+        return read_csv
+    if file.ending == ".md":
+        return read_markdown
+    is_text = file.ending == ".txt" and not JSON_BEGINNING.match(head)
+    return read_text if is_text else _read_json
 
 
-def _check_encoding(path: Path, encoding: str) -> None:
-    try:
-        codecs.lookup(encoding)
-    except LookupError:
-        found = f"the encoding {encoding!r}"
-        expected = "a name that Python knows, e.g. utf-8, utf-16, gb18030"
-        raise DataError([Problem(str(path), "data.encoding", found, expected)]) from None
+def _read_json(file: DataFile) -> Iterator[Row]:
+    form = json_form(file)
+    if isinstance(form, Problem):
+        return iter([Row(file.origin(1), form)])
+    if form is None:
+        raise _unknown_format(file, "a file that starts neither with { nor with [")
+    return JSON_READERS[form](file)
 
 
-def _first_character(path: Path, encoding: str) -> str | Problem:
-    for _, line in read_lines(path, encoding):
-        if isinstance(line, Problem):
-            return line
-        if line.strip():
-            return line.lstrip()[0]
-    raise DataError(
-        [Problem(str(path), "data.empty-file", "nothing but blank lines", "at least one row")]
-    )
+def _read_mindrecord(file: DataFile) -> Iterator[Row]:
+    from tunesmith.data.readers.mindrecord import read_mindrecord
+
+    for number, value in read_mindrecord(file.path):
+        yield Row(file.origin(number), value)
+    file.meter.bytes_read += file.path.stat().st_size
+
+
+def _unknown_format(file: DataFile, found: str) -> DataError:
+    endings = " ".join((*TEXT_ENDINGS, *TABLE_ENDINGS, ".mindrecord"))
+    expected = f"JSON lines, a JSON array, or a file that ends in one of {endings}"
+    return DataError([Problem(str(file.path), "data.format", found, expected)])
