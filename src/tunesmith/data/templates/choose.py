@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
+from tunesmith.data.templates.named import NAMED, missing_tokens
+from tunesmith.data.templates.traits import adds_bos
 from tunesmith.errors import RecipeError
 from tunesmith.types import Tokenizer
 
@@ -15,38 +18,55 @@ def install_template(tokenizer: Tokenizer, choice: str = "auto", folder: Path | 
 
     Args:
         tokenizer: changed in place.
-        choice: `auto` (its own, else plain), `plain`, or a .jinja file.
+        choice: `auto` (its own, else plain), `plain`, a name of `NAMED`, or a .jinja file.
         folder: where a relative file is looked for.
 
     Raises:
-        RecipeError: the file is not there (`recipe.template`).
+        RecipeError: there is no such template (`recipe.template`), or the tokenizer lacks its
+            special tokens (`recipe.template-tokens`).
     """
     if choice == "auto" and tokenizer.chat_template:
         return "the tokenizer's own chat template"
+    start = "{{ bos_token }}" if adds_bos(tokenizer) else ""
     if choice in ("auto", "plain"):
-        start = "{{ bos_token }}" if _adds_bos(tokenizer) else ""
         tokenizer.chat_template = start + PLAIN_FILE.read_text(encoding="utf-8")
         reason = "the tokenizer has none" if choice == "auto" else "the recipe asks for it"
         return f"the plain User:/Assistant: template with {tokenizer.eos_token} ({reason})"
+    if choice in NAMED:
+        _check_tokens(tokenizer, choice)
+        named = NAMED[choice]
+        tokenizer.chat_template = ("" if named.writes_bos else start) + named.read()
+        return f"the template {choice}: {named.description}"
     path = (folder or Path()) / choice
     try:
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     except OSError as error:
+        near = difflib.get_close_matches(choice, ["auto", "plain", *NAMED], n=1)
         raise RecipeError(
             "recipe.template",
             "data.template",
-            found=f"{path}: {error.strerror}",
-            expected="auto, plain, or a readable .jinja file",
+            found=f"{choice}: {error.strerror}",
+            expected=f"auto, plain, {', '.join(NAMED)}, or a readable .jinja file",
+            try_=f"did you mean {near[0]}?" if near else None,
         ) from None
     return f"the chat template in {path}"
 
 
+def _check_tokens(tokenizer: Tokenizer, name: str) -> None:
+    lacking = missing_tokens(name, tokenizer.get_vocab())
+    if lacking:
+        raise RecipeError(
+            "recipe.template-tokens",
+            f"data.template: {name}",
+            found=f"a tokenizer without {', '.join(lacking)}",
+            expected="a template whose special tokens the tokenizer has",
+            try_="leave data.template out: auto takes the tokenizer's own template"
+            if tokenizer.chat_template
+            else "template: plain fits every tokenizer",
+        )
+
+
 def is_plain(tokenizer: Tokenizer) -> bool:
-    """Whether the installed template is the plain one."""
-    return str(tokenizer.chat_template).endswith(PLAIN_FILE.read_text(encoding="utf-8"))
-
-
-def _adds_bos(tokenizer: Tokenizer) -> bool:
-    """Whether inference on plain text starts with the BOS token (add_bos_token)."""
-    encoded = tokenizer.backend_tokenizer.encode_batch(["a"], add_special_tokens=True)[0]
-    return bool(tokenizer.bos_token) and encoded.tokens[0] == str(tokenizer.bos_token)
+    """Whether the installed template is the plain one, or the one that adds nothing."""
+    plain = (PLAIN_FILE.read_text(encoding="utf-8"), NAMED["vanilla"].read())
+    return str(tokenizer.chat_template).endswith(plain)

@@ -11,14 +11,37 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 from jinja2 import TemplateError
 
 from tunesmith.data.templates.choose import is_plain
-from tunesmith.data.templates.traits import probe_traits, spell_calls, spell_schemas
+from tunesmith.data.templates.guard import guard_sample, guard_text
+from tunesmith.data.templates.infill import InfillTokens, as_infill
+from tunesmith.data.templates.sandbox import compile_template
+from tunesmith.data.templates.skeleton import Skeleton, Skeletons, added_tokens
+from tunesmith.data.templates.traits import (
+    probe_traits,
+    spell_calls,
+    spell_reasoning,
+    spell_schemas,
+)
+from tunesmith.data.templates.watch import watch_template
 from tunesmith.errors import Problem
-from tunesmith.types import Completion, Conversation, Json, Message, Sample, Span, Tokenizer
+from tunesmith.types import (
+    Completion,
+    Conversation,
+    Json,
+    Message,
+    Preference,
+    Rated,
+    Sample,
+    Span,
+    Text,
+    Tokenizer,
+)
 
 Segment: TypeAlias = list[Span]
 """One sequence: spans in order."""
@@ -28,65 +51,146 @@ TOOLS_AS_TEXT = "the chat template leaves tools out: their schemas go into the s
 CALLS_AS_TEXT = (
     "the chat template has no place for tool calls: they are written as <tool_call> text"
 )
+REASONING_AS_TEXT = (
+    "the chat template has no place for reasoning: it is written as <think> text before the answer"
+)
 EMPTY_THINKING = (
     "the chat template writes an empty thinking block before answers without reasoning: the model "
-    "learns to answer directly (set data.template_arguments for another mode)"
+    "learns to answer directly (set data.thinking for another mode)"
 )
 SPLIT_TURNS = (
     "the chat template changes earlier turns when later ones follow: each answer of such a "
     "conversation is a sequence of its own, as inference sees it"
 )
+SPECIAL_AS_TEXT = (
+    "special tokens are written inside the texts: there they are encoded as plain text"
+)
+
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+"""What a template may raise on messages that it does not like."""
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """What the recipe asks of rendering.
+
+    Args:
+        arguments: variables of the chat template.
+        train_on: which answers carry loss: all, the last, or numbers (1 first, -1 last).
+        infill: share of raw texts turned into fill-in-the-middle tasks, with its tokens.
+    """
+
+    arguments: dict[str, Json] = field(default_factory=dict[str, Json])
+    train_on: Literal["all", "last"] | tuple[int, ...] = "all"
+    infill: tuple[float, InfillTokens] | None = None
+
+    def key(self) -> str:
+        """Text that differs where the options do."""
+        return json.dumps([self.arguments, self.train_on, str(self.infill)], sort_keys=True)
 
 
 class Renderer:
     """Renders with one tokenizer's installed template and notes what is worth saying."""
 
-    def __init__(self, tokenizer: Tokenizer, arguments: dict[str, Json] | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, options: RenderOptions | None = None) -> None:
         self.tokenizer = tokenizer
-        self.arguments = arguments or {}
-        self.traits = probe_traits(tokenizer, self.arguments)
+        self.options = options or RenderOptions()
+        self.template = compile_template(str(tokenizer.chat_template))
+        self.variables = {**tokenizer.special_tokens_map, **self.options.arguments}
+        self.specials = frozenset(map(str, tokenizer.all_special_tokens))
+        if self.options.infill is not None:
+            # Few tokenizers call these special, but in a text they would be taken for the cuts.
+            _, tokens = self.options.infill
+            self.specials |= {tokens.prefix, tokens.suffix, tokens.middle}
+        self.traits = probe_traits(self._apply, tokenizer)
         self.is_plain = is_plain(tokenizer)
         self.notes: Counter[str] = Counter()
         self._said: set[str] = set()
+        self.watched = watch_template(self.template, str(tokenizer.chat_template))
+        self.skeletons = self._make_skeletons()
 
     def render(self, sample: Sample) -> list[Segment] | Problem:
         """The sample's sequences, or what the template says against it.
 
         A prompt with a completion is one user and one assistant message, unless the template is
-        the plain one: then it is their bare text with EOS.
+        the plain one: then it is their bare text with EOS. Of a preference pair, the chosen side's
+        sequences come first.
         """
         self._said.clear()
-        segments = self._render(sample)
+        try:
+            segments = self._render(sample)
+        except REFUSALS as error:
+            return refusal(sample, error)
         self.notes.update(self._said)
         return segments
 
-    def _render(self, sample: Sample) -> list[Segment] | Problem:
-        if isinstance(sample, Completion):
-            if self.is_plain:
-                return [self._render_bare(sample)]
-            messages = (Message("user", sample.prompt), Message("assistant", sample.completion))
-            sample = Conversation(messages, sample.origin)
+    def find_skeleton(self, sample: Sample) -> tuple[Skeleton, list[str]] | None:
+        """The rendered outline of the sample and its texts, where that says the same as `render`.
+
+        Raises:
+            SkeletonMismatchError: see `Skeletons`.
+        """
+        if self.skeletons is None or isinstance(sample, Text | Preference):
+            return None
+        if isinstance(sample, Completion) and self.is_plain:
+            return None
         try:
-            return self._render_conversation(self._fit_tools(sample))
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            return Problem(
-                str(sample.origin),
-                "data.template",
-                f"the chat template's refusal: {error}",
-                "messages that the model's chat template can render",
-            )
+            found = self.skeletons.find(self._as_conversation(sample))
+        except REFUSALS:
+            return None
+        if found is not None:
+            self.notes.update(found[0].said)
+        return found
 
     def prompt(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
         """The text before an answer, as inference builds it."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools or None,
-                tokenize=False,
-                add_generation_prompt=True,
-                **self.arguments,
-            )
-        )
+        return self._apply(messages, tools=tools or None, add_generation_prompt=True)
+
+    def _apply(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        return self.template.render(messages, **self.variables, **kwargs)
+
+    def _render(self, sample: Sample) -> list[Segment]:
+        if isinstance(sample, Text):
+            return [self._render_text(sample)]
+        if isinstance(sample, Completion) and self.is_plain:
+            return [self._render_bare(sample)]
+        if isinstance(sample, Preference):
+            return [part for side in sample.sides() for part in self._render_chat(side)]
+        return self._render_chat(self._as_conversation(sample))
+
+    def _as_conversation(self, sample: Completion | Conversation | Rated) -> Conversation:
+        if isinstance(sample, Rated):
+            sample = sample.conversation
+        if isinstance(sample, Completion):
+            messages = (Message("user", sample.prompt), Message("assistant", sample.completion))
+            return Conversation(messages, sample.origin)
+        return choose_answers(sample, self.options.train_on)
+
+    def _render_noted(self, sample: Conversation) -> tuple[list[Segment], frozenset[str]]:
+        """The sequences of a conversation and what was said, without counting it."""
+        before, self._said = self._said, set()
+        segments = self._render_chat(sample)
+        said, self._said = frozenset(self._said), before
+        return segments, said
+
+    def _make_skeletons(self) -> Skeletons | None:
+        if self.watched is None:
+            return None
+        tokens = added_tokens(self.tokenizer.backend_tokenizer)
+        return Skeletons(tokens, self._render_noted, self._render_watched)
+
+    def _render_watched(self, sample: Conversation) -> tuple[list[Segment], frozenset[str]]:
+        own, self.template = self.template, self.watched or self.template
+        try:
+            return self._render_noted(sample)
+        finally:
+            self.template = own
+
+    def _render_chat(self, sample: Conversation) -> list[Segment]:
+        guarded = guard_sample(sample, self.specials)
+        if guarded is not sample:
+            self._said.add(SPECIAL_AS_TEXT)
+        return self._render_conversation(self._fit(guarded))
 
     def _render_conversation(self, sample: Conversation) -> list[Segment]:
         messages = [self._as_dict(message) for message in sample.messages]
@@ -112,11 +216,7 @@ class Renderer:
         self, prompt: str, messages: list[dict[str, Any]], tools: list[Any], message: Message
     ) -> tuple[str, str, str]:
         """(prompt, answer with its end mark, what follows), from the render with the answer."""
-        full = str(
-            self.tokenizer.apply_chat_template(
-                messages, tools=tools or None, tokenize=False, **self.arguments
-            )
-        )
+        full = self._apply(messages, tools=tools or None)
         if full.startswith(prompt):
             answer = full[len(prompt) :]
         else:
@@ -148,14 +248,31 @@ class Renderer:
         return f"{message.reasoning or ''}\n</think>\n\n{full[len(before) :].lstrip()}"
 
     def _render_bare(self, sample: Completion) -> Segment:
-        start = str(self.tokenizer.chat_template).startswith("{{ bos_token }}")
-        prompt = (str(self.tokenizer.bos_token) if start else "") + sample.prompt
-        answer = sample.completion + str(self.tokenizer.eos_token)
+        prompt = self._start() + self._guard(sample.prompt)
+        answer = self._guard(sample.completion) + str(self.tokenizer.eos_token)
         # A bare prompt may end anywhere: two spaces at its end are one token alone, and two with a
         # word behind them. So the edge is always kept.
         return [Span(prompt), Span(answer, 1.0, starts_token=True)]
 
-    def _fit_tools(self, sample: Conversation) -> Conversation:
+    def _render_text(self, sample: Text) -> Segment:
+        text = self._guard(sample.text)
+        if self.options.infill is not None:
+            share, tokens = self.options.infill
+            text = as_infill(text, share, tokens)
+        end = str(self.tokenizer.eos_token)
+        return [Span(self._start()), Span(text + end, 1.0)]
+
+    def _start(self) -> str:
+        return str(self.tokenizer.bos_token) if self.traits.adds_bos else ""
+
+    def _guard(self, text: str) -> str:
+        guarded = guard_text(text, self.specials)
+        if guarded != text:
+            self._said.add(SPECIAL_AS_TEXT)
+        return guarded
+
+    def _fit(self, sample: Conversation) -> Conversation:
+        """Writes as text what the template has no place for."""
         has_calls = any(m.tool_calls or m.role == "tool" for m in sample.messages)
         if has_calls and self.traits.call_arguments is None:
             self._said.add(CALLS_AS_TEXT)
@@ -163,6 +280,9 @@ class Renderer:
         if sample.tools and not self.traits.shows_tools:
             self._said.add(TOOLS_AS_TEXT)
             sample = spell_schemas(sample, with_format=self.traits.call_arguments is None)
+        if not self.traits.shows_reasoning and any(m.reasoning for m in sample.messages):
+            self._said.add(REASONING_AS_TEXT)
+            sample = spell_reasoning(sample)
         return sample
 
     def _as_dict(self, message: Message) -> dict[str, Any]:
@@ -188,6 +308,36 @@ class Renderer:
         elif message.content is None:
             item["content"] = ""
         return item
+
+
+def refusal(sample: Sample, error: Exception) -> Problem:
+    """A template's refusal as a problem of the row."""
+    return Problem(
+        str(sample.origin),
+        "data.template",
+        f"the chat template's refusal: {error}",
+        "messages that the model's chat template can render",
+    )
+
+
+def choose_answers(
+    sample: Conversation, train_on: Literal["all", "last"] | Sequence[int]
+) -> Conversation:
+    """The conversation with only the chosen answers carrying loss."""
+    if train_on == "all":
+        return sample
+    answers = [i for i, message in enumerate(sample.messages) if message.role == "assistant"]
+    wanted = [-1] if train_on == "last" else [int(number) for number in train_on]
+    chosen = {
+        answers[number - 1 if number > 0 else number]
+        for number in wanted
+        if number and -len(answers) <= number <= len(answers)
+    }
+    messages = tuple(
+        message if index in chosen or message.role != "assistant" else replace(message, weight=0.0)
+        for index, message in enumerate(sample.messages)
+    )
+    return replace(sample, messages=messages)
 
 
 def unroll(segment: Segment) -> list[tuple[str, Span]]:
