@@ -435,7 +435,7 @@ def rows_of_step(loader: Any, step: int) -> list[Row]:
     rows: list[Row] = []
     for sample in loader.batch(step).sample_ids:
         for index in loader.store.sequences_of(sample):
-            sequence = loader.store.sequence(index, loader.max_length)
+            sequence = loader.store.sequence(index, (0, loader.max_length))
             ids = [int(token) for token in sequence.ids]
             labels = [-100] * len(ids)
             for first, count, weight in sequence.runs:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 
 from tunesmith.config.auto import AUTO_KEYS, Facts, Resolved, number, resolve
 from tunesmith.config.load import LoadedRecipe, flatten
 from tunesmith.config.recipe import Recipe, SourceConfig
+from tunesmith.data.build import open_store
+from tunesmith.data.check.checker import look_at_start
+from tunesmith.data.check.findings import ADVICE
+from tunesmith.data.columns import read_samples
 from tunesmith.data.loader import Loader
 from tunesmith.data.plan import Split, make_split
-from tunesmith.data.store import StoreInputs, TokenStore, open_store
-from tunesmith.data.templates import Renderer, install_template
+from tunesmith.data.sources import Source, Sources, find_sources
+from tunesmith.data.store import StoreInputs, TokenStore
+from tunesmith.data.templates import Renderer, build_renderer
 from tunesmith.errors import ModelError
 from tunesmith.io.cache import cache_folder
 from tunesmith.model.device import Device, find_device
@@ -35,6 +41,7 @@ class Job:
     tokenizer: Tokenizer
     template: str
     notes: dict[str, int]
+    findings: list[str]
     resolved: Resolved
     split: Split
     sizes: Sizes
@@ -57,21 +64,25 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     source = find_model(recipe.model, reporter, loaded.folder)
     check_weights_exist(source)
     tokenizer = load_tokenizer(source)
-    template = install_template(tokenizer, data.template, loaded.folder)
+    renderer, template = build_renderer(tokenizer, data, loaded.folder)
     config = load_config(source)
     device, sizes = find_device(), measure_config(config, recipe.method)
-    renderer = Renderer(tokenizer, dict(data.template_arguments))
-    store = _open(data.train, renderer, loaded, reporter)
-    held_out = data.validation if isinstance(data.validation, list) else []
-    validation_store = _open(held_out, renderer, loaded, reporter) if held_out else None
+    sources = find_sources(data, loaded.locate, reporter)
+    store = _open(sources.stored, renderer, recipe, reporter)
+    findings = _look_at_rows(sources, renderer, reporter) if resolved is None else []
+    held_out = sources.validation
+    validation_store = _open(held_out, renderer, recipe, reporter) if held_out else None
     for each in filter(None, (store, validation_store)):
         _check_ids(each, sizes, source)
     asked = recipe.model.dtype
     is_bf16 = device.has_fast_bf16 if asked == "auto" else asked == "bfloat16"
     needs = estimate_needs(sizes, recipe, is_bf16=is_bf16)
     values = Resolved(resolved, {}) if resolved is not None else None
-    values = values or resolve(recipe, _facts(store, sizes, needs, device))
-    loader, split = _split(values.recipe, store, validation_store)
+    values = values or resolve(
+        recipe, _facts(store, sizes, needs, device, has_validation=bool(held_out))
+    )
+    configs = [each.config for each in sources.stored]
+    loader, split = _split(values.recipe, configs, store, validation_store)
     max_steps = values.recipe.train.max_steps
     keys = [fingerprint(source, config), store.content_key]
     keys += [validation_store.content_key] if validation_store else []
@@ -81,6 +92,7 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
         tokenizer=tokenizer,
         template=template,
         notes=Counter(store.notes) + Counter(validation_store.notes if validation_store else {}),
+        findings=findings,
         resolved=values,
         split=split,
         sizes=sizes,
@@ -103,12 +115,16 @@ def _check_ids(store: TokenStore, sizes: Sizes, source: ModelSource) -> None:
         )
 
 
-def _facts(store: TokenStore, sizes: Sizes, needs: Needs, device: Device) -> Facts:
+def _facts(
+    store: TokenStore, sizes: Sizes, needs: Needs, device: Device, *, has_validation: bool
+) -> Facts:
     # 40 % of the memory is left to the system, the head's logits, and error of the estimate.
     free_bytes = int(0.6 * device.memory_bytes) - needs.weight_bytes - needs.optimizer_bytes
     return Facts(
         num_rows=store.num_samples,
-        longest_tokens=int(store.longest_of_samples().max()),
+        longest_tokens=int(store.longest_of_samples()[~store.is_text].max(initial=0)),
+        longest_text_tokens=int(store.longest_of_samples()[store.is_text].max(initial=0)),
+        has_validation=has_validation,
         context_tokens=sizes.context_tokens,
         hidden_size=sizes.hidden_size,
         device_kind=device.kind,
@@ -119,10 +135,15 @@ def _facts(store: TokenStore, sizes: Sizes, needs: Needs, device: Device) -> Fac
 
 
 def _split(
-    recipe: Recipe, store: TokenStore, validation_store: TokenStore | None
+    recipe: Recipe,
+    sources: list[SourceConfig],
+    store: TokenStore,
+    validation_store: TokenStore | None,
 ) -> tuple[Loader, Split]:
     train, max_length = recipe.train, number(recipe.data.max_length)
-    split = make_split(recipe.data, store, validation_store, max_length=max_length, seed=train.seed)
+    split = make_split(
+        recipe.data, sources, (store, validation_store), max_length=max_length, seed=train.seed
+    )
     loader = Loader(
         store=store,
         samples=split.train,
@@ -130,6 +151,9 @@ def _split(
         micro_batch_tokens=number(train.micro_batch_tokens),
         max_length=max_length,
         seed=train.seed,
+        shares=split.shares,
+        mix=recipe.data.mix,
+        overlong=recipe.data.overlong,
     )
     return loader, split
 
@@ -143,12 +167,18 @@ def overview(job: Job, asked: Recipe) -> dict[str, Json]:
         f"template: {job.template}"
     )
     notes = [f"{count:,} samples: {note}" for note, count in job.notes.items()]
+    notes += job.findings
     if asked.evaluate.early_stopping is not None and not len(split.validation):
         notes.append("evaluate.early_stopping has no effect: no rows are held out to validate on")
+    most, counts = f"longer than {job.loader.max_length} tokens", split.counts
+    end = "start" if job.loader.overlong == "cut_left" else "end"
     for count, what in (
-        (split.num_truncated, f"longer than {job.loader.max_length} tokens, their end is cut off"),
-        (split.num_dropped, f"longer than {job.loader.max_length} tokens, left out"),
-        (split.num_unsupervised, "without anything to learn, left out"),
+        (counts.truncated, f"{most}, their {end} is cut off"),
+        (counts.split, f"{most}, cut into pieces"),
+        (counts.dropped, f"{most}, left out"),
+        (counts.unsupervised, "without anything to learn, left out"),
+        (counts.leaked, "of training that validation has, too, left out of training"),
+        (counts.bad, "with problems, left out (data.bad_rows: drop)"),
     ):
         if count:
             notes.append(f"{count:,} samples {what}")
@@ -165,8 +195,41 @@ def overview(job: Job, asked: Recipe) -> dict[str, Json]:
     }
 
 
+LOOKED_AT_ROWS = 2000
+"""So many rows are looked at when a training starts; `tunesmith check` looks at all."""
+
+
+def _look_at_rows(sources: Sources, renderer: Renderer, reporter: Reporter) -> list[str]:
+    """What a look at the first rows of each source finds, a line for each code."""
+    share = -(-LOOKED_AT_ROWS // len(sources.train))
+    rows = [
+        row
+        for source in sources.train
+        for row in islice(read_samples(source.config, source.files), share)
+    ]
+    with reporter.waiting("Looking at the first rows"):
+        findings = look_at_start(rows, renderer.specials).findings
+    return [
+        f"{count:,} of the first {len(rows):,} rows: {code}: {ADVICE[code]}; first "
+        f"{findings.first[code][0].where}: {findings.first[code][0].found} "
+        "(`tunesmith check` shows all)"
+        for code, count in findings.counts.most_common()
+    ]
+
+
+LEARNABLE = {"sft": ("Conversation", "Completion", "Text")}
+"""The kinds of samples that each objective learns from."""
+
+
 def _open(
-    sources: list[SourceConfig], renderer: Renderer, loaded: LoadedRecipe, reporter: Reporter
+    sources: tuple[Source, ...], renderer: Renderer, recipe: Recipe, reporter: Reporter
 ) -> TokenStore:
-    places = [(source, loaded.locate(source.path)) for source in sources]
-    return open_store(StoreInputs(places, renderer, cache_folder("stores")), reporter)
+    inputs = StoreInputs(
+        sources,
+        renderer,
+        LEARNABLE[recipe.objective.name],
+        recipe.data.prompt_loss_weight,
+        recipe.data.bad_rows == "drop",
+        folder=cache_folder("stores"),
+    )
+    return open_store(inputs, reporter)

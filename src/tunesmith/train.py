@@ -85,6 +85,7 @@ def build(
         job.loader.micro_batch_tokens,
         job.loader.max_length,
         job.loader.seed,
+        overlong=job.loader.overlong,
     )
     return Run(
         recipe=recipe,

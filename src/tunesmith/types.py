@@ -5,9 +5,9 @@ Shape letters: T tokens of a packed batch, N supervised rows of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
@@ -22,18 +22,23 @@ T = TypeVar("T")
 Role = Literal["system", "user", "assistant", "tool"]
 
 
-# Samples: what a row of any format becomes. Later objectives add Text, Preference and Rated.
+# Samples: what a row of any format becomes
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a sample came from; the line counts from 1."""
+    """Where a sample came from; the line counts from 1, in a workbook it is the row of a sheet."""
 
     path: str
     line: int
+    sheet: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
+        return self.cell("A") if self.sheet else f"{self.path}:{self.line}"
+
+    def cell(self, letter: str) -> str:
+        """The place of one cell of a workbook's row, e.g. `book.xlsx:Sheet1!C7`."""
+        return f"{self.path}:{self.sheet}!{letter}{self.line}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,48 @@ class Completion:
     origin: Origin
 
 
-Sample: TypeAlias = Conversation | Completion
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Raw text, all of it to be learned (continued pretraining)."""
+
+    text: str
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """One prompt with a better and a worse continuation, each ending in an assistant message."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    origin: Origin
+    tools: tuple[dict[str, Json], ...] = ()
+
+    def sides(self) -> tuple[Conversation, Conversation]:
+        """The chosen and the rejected conversation; only what follows the prompt carries loss."""
+        prompt = tuple(replace(message, weight=0.0) for message in self.prompt)
+        chosen, rejected = (
+            Conversation((*prompt, *answer), self.origin, self.tools)
+            for answer in (self.chosen, self.rejected)
+        )
+        return chosen, rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """A conversation whose last answer was found good or bad (KTO)."""
+
+    conversation: Conversation
+    is_good: bool
+
+    @property
+    def origin(self) -> Origin:
+        """Where it came from."""
+        return self.conversation.origin
+
+
+Sample: TypeAlias = Conversation | Completion | Text | Preference | Rated
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +265,12 @@ class Reporter(Protocol):
         """Passes the items on, showing how many went by."""
         ...
 
+    def measure(
+        self, label: str, items: Iterable[T], total: int, position: Callable[[], int]
+    ) -> Iterator[T]:
+        """Passes the items on, showing how many of `total` bytes `position` has reached."""
+        ...
+
     def waiting(self, label: str) -> AbstractContextManager[object]:
         """Shows that something without a countable length goes on."""
         ...
@@ -231,6 +283,12 @@ class SilentReporter:
         """Says nothing."""
 
     def track(self, label: str, items: Iterable[T], total: int | None = None) -> Iterator[T]:
+        """Passes the items on."""
+        return iter(items)
+
+    def measure(
+        self, label: str, items: Iterable[T], total: int, position: Callable[[], int]
+    ) -> Iterator[T]:
         """Passes the items on."""
         return iter(items)
 
@@ -252,8 +310,23 @@ class Encoding(Protocol):
 class BackendTokenizer(Protocol):
     """The `tokenizers` object inside a fast tokenizer."""
 
+    encode_special_tokens: bool
+    model: Any
+
     def encode_batch(self, input: list[str], *, add_special_tokens: bool) -> list[Any]:
         """Encodes many texts on all cores."""
+        ...
+
+    def encode_batch_fast(self, input: list[str], *, add_special_tokens: bool) -> list[Any]:
+        """The same without offsets."""
+        ...
+
+    def get_added_tokens_decoder(self) -> dict[int, Any]:
+        """The added tokens by id."""
+        ...
+
+    def from_str(self, json: str) -> BackendTokenizer:
+        """Another tokenizer, from JSON."""
         ...
 
     def no_truncation(self) -> None:
@@ -275,6 +348,7 @@ class Tokenizer(Protocol):
     chat_template: Any
     eos_token: Any
     eos_token_id: Any
+    special_tokens_map: Any
     bos_token: Any
 
     @property
@@ -289,6 +363,14 @@ class Tokenizer(Protocol):
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
         """Renders messages through the chat template."""
+        ...
+
+    def get_vocab(self) -> dict[str, int]:
+        """Ids by token text, added tokens included."""
+        ...
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Ids of token texts."""
         ...
 
     def convert_ids_to_tokens(self, ids: Any) -> Any:

@@ -130,7 +130,7 @@ def test_all_problems_are_listed_with_their_lines(
     run: Callable[..., tuple[int, str]], recipe: Callable[[bytes | None], Path]
 ) -> None:
     bad_role = {"messages": [{"role": "wizard", "content": "x"}]}
-    rows = [GOOD, bad_role, {"text": "x"}, *[bad_role] * 30]
+    rows = [GOOD, bad_role, {"other": "x"}, *[bad_role] * 30]
     code, text = run("train", recipe(lines(*rows)))
     assert code == 2
     assert 'mine.jsonl:2: data.bad-role: found messages[0] with role "wizard"' in text

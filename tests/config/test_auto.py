@@ -36,8 +36,9 @@ def values(recipe: Recipe, **facts: Any) -> dict[str, Any]:
 def test_every_auto_is_resolved_with_a_reason() -> None:
     asked = recipe()
     open_keys = {k for k, v in flatten(asked.model_dump(mode="json")).items() if v == "auto"}
-    # A file's format and the template are looked up per file and tokenizer; output is a name.
-    assert open_keys - set(AUTO_KEYS) == {"data.template", "output"}
+    # These are looked up per sample, file or tokenizer; output is a name.
+    looked_up = {"data.template", "data.thinking", "data.overlong", "output"}
+    assert open_keys - set(AUTO_KEYS) == looked_up
     resolved = resolve(asked, FACTS)
     found = flatten(resolved.recipe.model_dump(mode="json"))
     assert set(resolved.reasons) == set(AUTO_KEYS) <= open_keys

@@ -205,7 +205,6 @@ def test_keys_of_full_and_lora_stay_apart(refusal: Callable[..., RecipeError]) -
     [
         ("model: m\n", "data", "mine.yaml"),
         ("data: d\n", "model", "mine.yaml"),
-        ("model: m\ndata: {template: plain}\n", "data.train", "mine.yaml:2"),
         ("model: {dtype: auto}\ndata: d\n", "model.id", "mine.yaml:1"),
         ("model: m\ndata:\n - limit: 1\n", "data.train.0.path", "mine.yaml:2"),
     ],
@@ -254,10 +253,14 @@ def test_bad_validation(refusal: Callable[..., RecipeError], value: str) -> None
     assert f"{value} for `data.validation`" in error.found
 
 
-def test_no_training_files(refusal: Callable[..., RecipeError]) -> None:
-    error = refusal("model: m\ndata: {train: []}\n")
+@pytest.mark.parametrize(
+    "data", ["{train: []}", "{template: plain}", "{names: [a], train: d}", "{registry: r.json}"]
+)
+def test_no_training_files(refusal: Callable[..., RecipeError], data: str) -> None:
+    error = refusal(f"model: m\ndata: {data}\n")
     assert (error.code, error.where) == ("recipe.bad-value", "mine.yaml:2")
-    assert "data.train" in error.found
+    assert "`data`" in error.found
+    assert "registry" in error.expected
 
 
 # Files that are no recipe

@@ -1,5 +1,7 @@
 """Every row shape to its canonical sample, and every mistake to its code and place."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -50,10 +52,10 @@ def test_messages() -> None:
 
 
 def test_messages_roles() -> None:
-    names = ["developer", "human", "gpt", "User", "ASSISTANT", "function", "model"]
+    names = ["developer", "human", "gpt", "User", "ASSISTANT", "prompter", "model", "user", "ai"]
     row = {"messages": [{"role": name, "content": name} for name in names]}
     roles = [message.role for message in messages_of(row)]
-    assert roles == ["system", "user", "assistant", "user", "assistant", "tool", "assistant"]
+    assert roles == ["system", *["user", "assistant"] * 4]
 
 
 def test_messages_weight_name_and_reasoning() -> None:
@@ -61,16 +63,22 @@ def test_messages_weight_name_and_reasoning() -> None:
         "messages": [
             {**USER, "name": "Ann"},
             {**ANSWER, "weight": 0, "reasoning_content": "hm"},
+            {**USER, "weight": 0},
             {**ANSWER, "weight": 0.5, "reasoning": "so"},
+            {**USER, "loss": False, "train": None},
             {**ANSWER, "weight": 1, "reasoning": None, "name": None},
+            USER,
             {**ANSWER, "weight": None},
         ]
     }
     assert messages_of(row) == (
         Message("user", "q", name="Ann"),
         Message("assistant", "a", weight=0.0, reasoning="hm"),
+        Message("user", "q"),
         Message("assistant", "a", weight=0.5, reasoning="so"),
+        Message("user", "q"),
         Message("assistant", "a"),
+        Message("user", "q"),
         Message("assistant", "a"),
     )
 
@@ -88,10 +96,13 @@ def test_messages_tool_calls() -> None:
             {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": CALL}]},
             {"role": "tool", "content": "r", "tool_call_id": "1"},
             {"role": "assistant", "tool_calls": [CALL, {"name": "g", "arguments": {"城": "京"}}]},
+            {"role": "tool", "content": "r"},
+            {"role": "tool", "content": "r"},
             {"role": "assistant", "content": "t", "function_call": {"name": "h"}},
+            {"role": "function", "name": "h", "content": "r"},
             {"role": "assistant", "function_call": {"name": "h", "arguments": ""}},
         ],
-        "tools": [TOOL, TOOL["function"]],
+        "tools": [TOOL, {"name": "g"}, {"name": "h"}],
     }
     sample = sample_of(row)
     assert isinstance(sample, Conversation)
@@ -100,11 +111,15 @@ def test_messages_tool_calls() -> None:
         (ToolCall("f", '{"x": 1}'),),
         (),
         (ToolCall("f", '{"x": 1}'), ToolCall("g", '{"城": "京"}')),
+        (),
+        (),
         (ToolCall("h", "{}"),),
+        (),
         (ToolCall("h", "{}"),),
     ]
-    assert [message.content for message in sample.messages] == ["q", None, "r", None, "t", None]
-    assert sample.tools == (TOOL, TOOL)
+    contents = [message.content for message in sample.messages]
+    assert contents == ["q", None, "r", None, "r", "r", "t", "r", None]
+    assert sample.tools[:2] == (TOOL, {"type": "function", "function": {"name": "g"}})
 
 
 @pytest.mark.parametrize("tools", [json.dumps([TOOL]), json.dumps([TOOL["function"]])])
@@ -279,17 +294,23 @@ MESSAGES_MISTAKES: list[tuple[Any, str, str]] = [
     ([USER], "data.no-assistant", "user"),
     ([{"role": "robot", "content": "x"}], "data.bad-role", 'messages[0] with role "robot"'),
     ([USER, {"content": "x"}], "data.bad-role", "messages[1] with role null"),
-    ([{**USER, "content": 3}, ANSWER], "data.bad-type", "messages[0].content = 3"),
+    ([{**USER, "content": True}, ANSWER], "data.bad-type", "messages[0].content = true"),
     ([{**USER, "content": None}, ANSWER], "data.bad-type", "messages[0].content = null"),
     ([{**USER, "content": []}, ANSWER], "data.bad-type", "messages[0].content = []"),
     ([USER, {"role": "assistant"}], "data.bad-type", "messages[1].content = null"),
     ([USER, {**ANSWER, "content": " \n"}], "data.empty-answer", "without text"),
-    ([USER, ANSWER, {**ANSWER, "content": ""}], "data.empty-answer", "without text"),
+    ([USER, ANSWER, USER, {**ANSWER, "content": ""}], "data.empty-answer", "without text"),
+    ([USER, ANSWER, ANSWER], "data.role-order", "message 3, assistant, right behind assistant"),
+    ([USER, USER, ANSWER], "data.role-order", "message 2, user, right behind user"),
+    ([USER, {"role": "tool", "content": "r"}, ANSWER], "data.role-order", "behind user"),
+    ([{"role": "tool", "content": "r"}, ANSWER], "data.role-order", "message 1, tool"),
     ([USER, {**ANSWER, "weight": 2}], "data.weight", "messages[1].weight = 2"),
     ([USER, {**ANSWER, "weight": -0.5}], "data.weight", "messages[1].weight = -0.5"),
-    ([USER, {**ANSWER, "weight": True}], "data.weight", "messages[1].weight = true"),
     ([USER, {**ANSWER, "weight": "1"}], "data.weight", 'messages[1].weight = "1"'),
     ([{**USER, "weight": 1}, ANSWER], "data.weight", "on a user message"),
+    ([{**USER, "loss": True}, ANSWER], "data.weight", "messages[0].loss on a user message"),
+    ([USER, {**ANSWER, "reasoning": [1]}], "data.bad-type", "messages[1].reasoning = [1]"),
+    ([USER, {**ANSWER, "tool_calls": [{**CALL, "arguments": [1]}]}], "data.tool-call", "[1]"),
     ([USER, {**ANSWER, "tool_calls": "f()"}], "data.bad-type", "messages[1].tool_calls"),
     ([USER, {**ANSWER, "tool_calls": [{"function": "f"}]}], "data.tool-call", "tool_calls[0]"),
     ([USER, {**ANSWER, "tool_calls": [{"function": {}}]}], "data.tool-call", "without a name"),
@@ -337,27 +358,36 @@ def test_an_empty_answer_of_weight_0_is_fine() -> None:
             "data.bad-type",
             "tool_calls = [3]",
         ),
-        ({"conversations": [], "system": 5}, "data.bad-type", "system = 5"),
-        ({"messages": [USER, ANSWER], "tools": "[{"}, "data.tools", "tools that are no JSON"),
-        ({"messages": [USER, ANSWER], "tools": "7"}, "data.bad-type", "tools = 7"),
+        ({"conversations": [], "system": True}, "data.bad-type", "system = true"),
+        ({"messages": [USER, ANSWER], "tools": "[{"}, "data.tools", "tools that is no JSON"),
+        ({"messages": [USER, ANSWER], "tools": "7"}, "data.bad-type", 'tools = "7"'),
+        ({"messages": [USER, ANSWER], "tools": [{"x": 1}]}, "data.tools", "without a name"),
+        ({"messages": "[{'role': 'user'}]"}, "data.bad-type", "messages that is no JSON"),
+        ({"messages": r'[{"role": "user", "content": "\ud83d"}]'}, "data.bad-type", "no JSON"),
+        ({"messages": "[" * 5000}, "data.bad-type", "no JSON"),
         ({"messages": [USER, ANSWER], "functions": ["f"]}, "data.bad-type", "functions ="),
-        ({"instruction": 3, "output": "a"}, "data.bad-type", "instruction = 3"),
+        ({"instruction": {}, "output": "a"}, "data.bad-type", "instruction = {}"),
         ({"instruction": "q", "output": None}, "data.bad-type", "output = null"),
-        ({"instruction": "q", "output": "  "}, "data.empty-answer", "without text"),
-        ({"instruction": "q", "input": 4, "output": "a"}, "data.bad-type", "input = 4"),
+        ({"instruction": "q", "output": "  "}, "data.empty-answer", "an empty output"),
+        ({"instruction": "q", "input": [4], "output": "a"}, "data.bad-type", "input = [4]"),
         ({"instruction": "q", "output": "a", "history": ["x"]}, "data.history", '"x"'),
         ({"instruction": "q", "output": "a", "history": [["x"]]}, "data.history", '["x"]'),
         (
-            {"instruction": "q", "output": "a", "history": [["x", 1]]},
+            {"instruction": "q", "output": "a", "history": [["x", None]]},
             "data.bad-type",
-            "history[0][1] = 1",
+            "history[0][1] = null",
         ),
         ({"prompt": "q", "completion": "\n"}, "data.empty-answer", "an empty completion"),
-        ({"prompt": "q", "completion": 3}, "data.bad-type", "completion = 3"),
+        ({"prompt": "q", "completion": False}, "data.bad-type", "completion = false"),
         ({"prompt": None, "completion": "a"}, "data.bad-type", "prompt = null"),
         ({"prompt": [USER], "completion": "a"}, "data.bad-type", "prompt ="),
         ({"prompt": [USER], "completion": [USER]}, "data.no-assistant", "user, user"),
-        ({"question": "q", "answer": "a"}, "data.columns", "columns question, answer"),
+        ({"question": "q", "answer": " "}, "data.empty-answer", "an empty answer"),
+        ({"question": None, "answer": "a"}, "data.bad-type", "question = null"),
+        ({"instruction": float("nan"), "output": "a"}, "data.bad-type", "instruction = NaN"),
+        ({"text": " \n"}, "data.empty-text", "an empty text"),
+        ({"text": None}, "data.bad-type", "text = null"),
+        ({"q1": "q", "a1": "a"}, "data.columns", "columns q1, a1"),
         ({}, "data.columns", "columns (none)"),
     ],
 )
@@ -390,6 +420,15 @@ def test_unknown_columns_name_all_shapes_and_the_way_out() -> None:
     assert "columns: {prompt: question" in expected
 
 
+def test_numbers_are_their_digits() -> None:
+    row = {"instruction": 3, "input": 1.5, "output": 7, "history": [["x", 1]], "system": 0}
+    found = [message.content for message in messages_of(row)]
+    assert found == ["0", "x", "1", "3\n1.5", "7"]
+    assert sample_of({"prompt": 2, "completion": 10**18}) == Completion(
+        "2", "1000000000000000000", ORIGIN
+    )
+
+
 def test_long_values_are_shortened() -> None:
     problem = problem_of({"messages": "x" * 500})
     assert len(problem.found) < 90
@@ -406,7 +445,7 @@ def test_answers_in_history_may_be_silent_only_by_weight() -> None:
 
 def test_samples_of_a_file_in_order(write_jsonl: Callable[..., Path]) -> None:
     path = write_jsonl([{"prompt": "a", "completion": "b"}, {"x": 1}, 3, {"messages": [ANSWER]}])
-    found = list(read_samples(SourceConfig(path="d"), path))
+    found = list(read_samples(SourceConfig(path="d"), [path]))
     assert [type(item).__name__ for item in found] == [
         "Completion",
         "Problem",
@@ -417,9 +456,17 @@ def test_samples_of_a_file_in_order(write_jsonl: Callable[..., Path]) -> None:
     assert places == [f"{path}:{line}" for line in range(1, 5)]
 
 
+def test_a_limit_counts_over_files(write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    first = write_jsonl([{"prompt": "a", "completion": "b"}])
+    second = tmp_path / "second.jsonl"
+    second.write_text('{"text": "c"}\n{"text": "d"}\nbroken\n', encoding="utf-8")
+    found = list(read_samples(SourceConfig(path="d", limit=2), [first, second]))
+    assert [type(item).__name__ for item in found] == ["Completion", "Text"]
+
+
 def test_limit(write_jsonl: Callable[..., Path]) -> None:
     path = write_jsonl([{"prompt": str(n), "completion": "b"} for n in range(5)])
-    found = list(read_samples(SourceConfig(path="d", limit=2), path))
+    found = list(read_samples(SourceConfig(path="d", limit=2), [path]))
     assert [str(item.origin) for item in found if not isinstance(item, Problem)] == [
         f"{path}:1",
         f"{path}:2",
@@ -429,5 +476,5 @@ def test_limit(write_jsonl: Callable[..., Path]) -> None:
 def test_encoding(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_bytes('{"prompt": "问", "completion": "答"}\n'.encode("gb18030"))
-    (sample,) = read_samples(SourceConfig(path="d", encoding="gb18030"), path)
+    (sample,) = read_samples(SourceConfig(path="d", encoding="gb18030"), [path])
     assert sample == Completion("问", "答", Origin(str(path), 1))

@@ -10,10 +10,12 @@ import pytest
 
 from conftest import CHATML, make_byte_tokenizer, make_rows
 from tunesmith.config.recipe import DataConfig, SourceConfig
+from tunesmith.data.build import open_store
 from tunesmith.data.loader import Loader
 from tunesmith.data.plan import Split, make_split
-from tunesmith.data.store import ARRAYS, StoreInputs, TokenStore, open_store
-from tunesmith.data.templates import Renderer
+from tunesmith.data.sources import Source
+from tunesmith.data.store import ARRAYS, StoreInputs, TokenStore
+from tunesmith.data.templates import Renderer, RenderOptions
 from tunesmith.data.templates.render import NO_END_MARK
 from tunesmith.errors import DataError
 from tunesmith.types import GlobalBatch, Origin, SilentReporter
@@ -25,7 +27,9 @@ class Builds(SilentReporter):
     def __init__(self) -> None:
         self.count = 0
 
-    def track(self, label: str, items: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+    def measure(
+        self, label: str, items: Iterable[Any], total: int, position: Callable[[], int]
+    ) -> Iterator[Any]:
         self.count += 1
         return iter(items)
 
@@ -42,8 +46,9 @@ def inputs(tmp_path: Path) -> Callable[..., StoreInputs]:
     ) -> StoreInputs:
         tokenizer = make_byte_tokenizer()
         tokenizer.chat_template = template
-        sources = [(SourceConfig(path=path.name, **settings), path) for path in paths]
-        return StoreInputs(sources, Renderer(tokenizer, arguments), tmp_path / "stores")
+        sources = [Source(SourceConfig(path=path.name, **settings), (path,)) for path in paths]
+        renderer = Renderer(tokenizer, RenderOptions(arguments or {}))
+        return StoreInputs(sources, renderer, folder=tmp_path / "stores")
 
     return make
 
@@ -121,17 +126,17 @@ def test_max_length_cuts(store_of: Callable[..., TokenStore]) -> None:
     store = store_of([chat("question", "answer one", "answer two")])
     whole = store.sequence(0)
     (first, length, _), (last, _, _) = whole.runs
-    assert store.sequence(0, 10_000).runs == whole.runs
+    assert store.sequence(0, (0, 10_000)).runs == whole.runs
     for limit in range(1, len(whole.ids) + 1):
-        cut = store.sequence(0, limit)
+        cut = store.sequence(0, (0, limit))
         assert cut.ids.tolist() == whole.ids[:limit].tolist()
         supervised = [at for start, n, _ in whole.runs for at in range(start, start + n)]
         found = [at for start, n, _ in cut.runs for at in range(start, start + n)]
         assert found == [at for at in supervised if at < limit]
         assert all(n > 0 for _, n, _ in cut.runs)
-    assert len(store.sequence(0, first + length).runs) == 1
-    assert len(store.sequence(0, last).runs) == 1
-    assert store.sequence(0, first).runs == ()
+    assert len(store.sequence(0, (0, first + length)).runs) == 1
+    assert len(store.sequence(0, (0, last)).runs) == 1
+    assert store.sequence(0, (0, first)).runs == ()
 
 
 def test_notes_are_kept(
@@ -150,7 +155,9 @@ def test_notes_are_those_of_the_store_alone(
     made = inputs(write_jsonl(make_rows(3), "a.jsonl"), template=CHATML.replace("<|im_end|>", ""))
     open_store(made, SilentReporter())
     path = write_jsonl(make_rows(2), "b.jsonl")
-    other = StoreInputs([(SourceConfig(path="b"), path)], made.renderer, made.folder)
+    other = StoreInputs(
+        [Source(SourceConfig(path="b"), (path,))], made.renderer, folder=made.folder / "other"
+    )
     assert open_store(other, SilentReporter()).notes == {NO_END_MARK: 2}
 
 
@@ -209,9 +216,8 @@ def test_the_tokenizer_is_in_the_key(
 ) -> None:
     path = write_jsonl(make_rows(1))
     made, other = inputs(path), inputs(path)
-    assert made.key() == other.key()
     other.renderer.tokenizer.add_tokens(["question"])  # type: ignore[attr-defined]
-    assert made.key() != other.key()
+    assert inputs(path).key() == made.key() != other.key()
 
 
 @pytest.mark.parametrize("name", [*(f"{name}.npy" for name in ARRAYS), "meta.json"])
@@ -305,7 +311,9 @@ def test_a_missing_file_is_an_error(inputs: Callable[..., StoreInputs], tmp_path
 
 def split_of(store: TokenStore, max_length: int = 10_000, **data: Any) -> Split:
     settings = DataConfig.model_validate({"train": "d", "validation": 0, **data})
-    return make_split(settings, store, None, max_length=max_length, seed=0)
+    return make_split(
+        settings, [SourceConfig(path="d")], (store, None), max_length=max_length, seed=0
+    )
 
 
 LONG_AND_SHORT = [chat("q", "a" * size) for size in (1, 5, 50, 5, 90)] + [chat("q" * 80, "a")]
@@ -315,13 +323,13 @@ def test_overlong_samples_are_cut(store_of: Callable[..., TokenStore]) -> None:
     split = split_of(store_of(LONG_AND_SHORT), max_length=60)
     # The last one's answer begins beyond the limit: it has nothing left to learn.
     assert split.train.tolist() == [0, 1, 2, 3, 4]
-    assert (split.num_truncated, split.num_dropped, split.num_unsupervised) == (2, 0, 1)
+    assert (split.counts.truncated, split.counts.dropped, split.counts.unsupervised) == (2, 0, 1)
 
 
 def test_overlong_samples_are_dropped(store_of: Callable[..., TokenStore]) -> None:
     split = split_of(store_of(LONG_AND_SHORT), max_length=60, overlong="drop")
     assert split.train.tolist() == [0, 1, 3]
-    assert (split.num_truncated, split.num_dropped, split.num_unsupervised) == (0, 3, 0)
+    assert (split.counts.truncated, split.counts.dropped, split.counts.unsupervised) == (0, 3, 0)
 
 
 def test_nothing_to_learn(store_of: Callable[..., TokenStore]) -> None:
@@ -334,7 +342,7 @@ def test_nothing_to_learn(store_of: Callable[..., TokenStore]) -> None:
 def test_samples_of_weight_0_are_counted(store_of: Callable[..., TokenStore]) -> None:
     split = split_of(store_of([chat("a", "b"), chat("c", "d", weight=0)]))
     assert len(split.train) == 1
-    assert split.num_unsupervised == 1
+    assert split.counts.unsupervised == 1
 
 
 def test_held_out_samples(store_of: Callable[..., TokenStore]) -> None:
@@ -351,12 +359,14 @@ def test_held_out_samples(store_of: Callable[..., TokenStore]) -> None:
 def test_validation_from_a_store_of_its_own(
     inputs: Callable[..., StoreInputs], write_jsonl: Callable[..., Path]
 ) -> None:
+    """Training rows that it has, too, are left out of training."""
     train = open_store(inputs(write_jsonl(make_rows(4), "t.jsonl")), SilentReporter())
     other = open_store(inputs(write_jsonl(make_rows(3), "v.jsonl")), SilentReporter())
     data = DataConfig.model_validate({"train": "t", "validation": "v.jsonl"})
-    split = make_split(data, train, other, max_length=100, seed=0)
+    split = make_split(data, [SourceConfig(path="t")], (train, other), max_length=100, seed=0)
     assert split.validation_store is other
-    assert (split.train.tolist(), split.validation.tolist()) == ([0, 1, 2, 3], [0, 1, 2])
+    assert (split.train.tolist(), split.validation.tolist()) == ([3], [0, 1, 2])
+    assert split.counts.leaked == 3
 
 
 # Batches
@@ -473,4 +483,11 @@ def test_meta_names_the_files(store_of: Callable[..., TokenStore], tmp_path: Pat
     store = store_of(make_rows(1))
     meta = json.loads((store.folder / "meta.json").read_text(encoding="utf-8"))
     assert meta.pop("content_key") == store.content_key
-    assert meta == {"files": [str(tmp_path / "data.jsonl")], "notes": {}, "num_silent": 0}
+    assert meta == {
+        "files": [[str(tmp_path / "data.jsonl"), None]],
+        "notes": {},
+        "num_bad": 0,
+        "num_rows": 1,
+        "num_silent": 0,
+        "problems": [],
+    }

@@ -11,17 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import CHATML, make_byte_tokenizer
-from tunesmith.data.shapes import from_messages
-from tunesmith.data.templates import Renderer, install_template
+from tunesmith.data.shapes.messages import from_messages
+from tunesmith.data.templates import Renderer, RenderOptions, install_template
 from tunesmith.data.templates.choose import is_plain
 from tunesmith.data.templates.render import (
     CALLS_AS_TEXT,
     EMPTY_THINKING,
     NO_END_MARK,
+    SPECIAL_AS_TEXT,
     SPLIT_TURNS,
     TOOLS_AS_TEXT,
 )
-from tunesmith.data.tokenize import TokenSequence, encode_samples
+from tunesmith.data.tokenize import Encoder, TokenSequence
 from tunesmith.errors import Problem, RecipeError
 from tunesmith.types import Completion, Conversation, Message, Origin
 
@@ -84,7 +85,7 @@ def conversation(messages: list[dict], tools: list[dict] | None = None) -> Conve
 def encode(tokenizer: Any, sample: Any, renderer: Renderer | None = None) -> list[TokenSequence]:
     segments = (renderer or Renderer(tokenizer)).render(sample)
     assert isinstance(segments, list), segments
-    return encode_samples(tokenizer.backend_tokenizer, [segments])[0]
+    return Encoder(tokenizer.backend_tokenizer).encode([segments])[0]
 
 
 def answers_of(tokenizer: Any, sequences: list[TokenSequence]) -> list[tuple[list[int], str]]:
@@ -198,7 +199,7 @@ def test_a_split_sample_stays_in_its_place(tokenizer_named: Callable[[str], Any]
     renderer = Renderer(tokenizer)
     samples = [chat("a", "b"), chat("a", "\n\nc", "d", "\ne"), chat("f", "\ng"), chat("h", "i")]
     rendered = [renderer.render(conversation(messages)) for messages in samples]
-    together = encode_samples(tokenizer.backend_tokenizer, rendered)  # type: ignore[arg-type]
+    together = Encoder(tokenizer.backend_tokenizer).encode(rendered)  # type: ignore[arg-type]
     for messages, sequences in zip(samples, together, strict=True):
         alone = encode(tokenizer, conversation(messages))
         assert [s.ids.tolist() for s in sequences] == [s.ids.tolist() for s in alone]
@@ -207,7 +208,7 @@ def test_a_split_sample_stays_in_its_place(tokenizer_named: Callable[[str], Any]
 
 
 def test_no_samples_encode_to_nothing(byte_tokenizer: Any) -> None:
-    assert encode_samples(byte_tokenizer.backend_tokenizer, []) == []
+    assert Encoder(byte_tokenizer.backend_tokenizer).encode([]) == []
 
 
 @pytest.mark.parametrize("name", ["bytes", "llama3_1", "qwen3"])
@@ -227,9 +228,24 @@ def test_weights_reach_the_runs(byte_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("name", ["bytes", "qwen3", "deepseek_v3"])
 def test_special_tokens_in_the_text(name: str, tokenizer_named: Callable[[str], Any]) -> None:
+    """They are encoded as the text they are; apart from them the tokens are the template's own."""
     tokenizer = tokenizer_named(name)
     end = tokenizer.eos_token
-    check(tokenizer, chat(f"what is {end}?", f"{end} ends a turn"), ANSWERS[name])
+    renderer = Renderer(tokenizer)
+    segments = renderer.render(conversation(chat(f"what is {end}?", f"{end} ends a turn")))
+    assert not isinstance(segments, Problem)
+    (sequence,) = Encoder(tokenizer.backend_tokenizer).encode([segments])[0]
+    text = tokenizer.apply_chat_template(
+        chat(f"what is {end}?", f"{end} ends a turn"), tokenize=False
+    )
+    assert tokenizer.decode(sequence.ids) == text[: text.rindex(end) + len(end)]
+    # In the whole text the spelling occurs twice more than the token.
+    plain = tokenizer.apply_chat_template(chat("what is ?", " ends a turn"), tokenize=False)
+    is_end = sequence.ids == tokenizer.convert_tokens_to_ids(end)
+    assert is_end.sum() == plain[: plain.rindex(end) + len(end)].count(end)
+    assert renderer.notes == {SPECIAL_AS_TEXT: 1} | {
+        note: 1 for note in renderer.notes if note != SPECIAL_AS_TEXT
+    }
 
 
 def test_text_that_the_tokenizer_composes(tokenizer_named: Callable[[str], Any]) -> None:
@@ -266,7 +282,7 @@ def test_qwen3_one_turn_needs_no_split(tokenizer_named: Callable[[str], Any]) ->
 
 def test_qwen3_without_thinking(tokenizer_named: Callable[[str], Any]) -> None:
     tokenizer = tokenizer_named("qwen3")
-    renderer = Renderer(tokenizer, {"enable_thinking": False})
+    renderer = Renderer(tokenizer, RenderOptions({"enable_thinking": False}))
     messages = CONVERSATIONS["two turns, Chinese"]
     sequences = encode(tokenizer, conversation(messages), renderer)
     found = answers_of(tokenizer, sequences)
@@ -580,7 +596,7 @@ def test_bare_prompts_keep_their_own_tokens(tokenizers_folder: Path, name: str) 
     for prompt, answer in zip(prompts, answers, strict=True):
         segments = renderer.render(Completion(prompt, answer, Origin("x", 1)))
         assert isinstance(segments, list)
-        ((sequence,),) = encode_samples(tokenizer.backend_tokenizer, [segments])
+        ((sequence,),) = Encoder(tokenizer.backend_tokenizer).encode([segments])
         ((first, _, _),) = sequence.runs
         text = segments[0][0].text
         alone = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids

@@ -10,7 +10,7 @@ import torch
 from tunesmith.config.recipe import FullConfig
 from tunesmith.data.pack import build_batch
 from tunesmith.data.templates import Renderer
-from tunesmith.data.tokenize import encode_samples
+from tunesmith.data.tokenize import Encoder
 from tunesmith.model.adapters import attach
 from tunesmith.model.load import PACKED_ATTENTION, ModelSource, load_model, load_tokenizer
 from tunesmith.objectives import OBJECTIVES
@@ -44,7 +44,7 @@ def test_its_loss_equals_the_engines(tiny_model_folder: Path) -> None:
         for c in twin.CONVERSATIONS
     ]
     rendered = [Renderer(tokenizer).render(sample) for sample in samples]
-    encoded = encode_samples(tokenizer.backend_tokenizer, rendered)  # type: ignore[arg-type]
+    encoded = Encoder(tokenizer.backend_tokenizer).encode(rendered)  # type: ignore[arg-type]
     batch = build_batch([(i, sequence) for i, group in enumerate(encoded) for sequence in group])
     ours = OBJECTIVES["sft"]().step(model, batch).loss_sum / batch.weight_N.sum()
     ours.backward()

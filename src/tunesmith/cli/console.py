@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
@@ -55,6 +56,40 @@ class ConsoleReporter:
         columns = (SpinnerColumn(), TextColumn(label), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
             yield from progress.track(items, total=total)
+
+    def measure(
+        self, label: str, items: Iterable[T], total: int, position: Callable[[], int]
+    ) -> Iterator[T]:
+        """Passes items on under a bar of the bytes read; without a terminal, says a line at times.
+
+        The bar is drawn ten times a second, not with every item.
+        """
+        columns = (
+            SpinnerColumn(),
+            TextColumn(label),
+            BarColumn(),
+            TextColumn("{task.fields[count]:,} rows"),
+            DownloadColumn(),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+        )
+        is_terminal = self.console.is_terminal
+        pause = 0.1 if is_terminal else SECONDS_BETWEEN_LINES
+        looked = time.monotonic()
+        with Progress(
+            *columns, console=self.console, transient=True, disable=not is_terminal
+        ) as progress:
+            task = progress.add_task(label, total=total, count=0)
+            for count, item in enumerate(items, start=1):
+                yield item
+                if time.monotonic() - looked > pause:
+                    looked = time.monotonic()
+                    done = position()
+                    progress.update(task, completed=done, count=count)
+                    if not is_terminal:
+                        share = f"{100 * done / max(total, 1):.0f} % read"
+                        self.console.print(f"{label}: {count:,} rows, {share}", highlight=False)
 
     def waiting(self, label: str) -> AbstractContextManager[object]:
         """Shows a spinner."""

@@ -44,7 +44,9 @@ def train(
 
 @app.command()
 def preview(
-    recipe: RecipePath,
+    recipe: Annotated[
+        str, typer.Argument(help="The recipe (YAML), or a data file.", metavar="RECIPE|DATA")
+    ],
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many.")] = 3,
 ) -> None:
@@ -52,6 +54,40 @@ def preview(
     from tunesmith.cli.preview import run_preview
 
     run_preview(recipe, overrides or [], num_samples=samples)
+
+
+@app.command()
+def check(
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders, hub ids, or a recipe; KEY.PATH=VALUE as for train.",
+            metavar="DATA...",
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Whose tokenizer and template count.")
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option("--validation", help="Held-out data, to find leaks.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    html: Annotated[
+        str | None, typer.Option("--html", help="Write the report as a page.", metavar="OUT")
+    ] = None,
+    fix: Annotated[
+        str | None,
+        typer.Option(
+            "--fix",
+            help="Write a cleaned copy (.jsonl, .csv, .xlsx) and a list of what was left out.",
+            metavar="OUT",
+        ),
+    ] = None,
+) -> None:
+    """Look at data: what is in it, what is wrong with it, and where."""
+    from tunesmith.cli.check import run_check
+
+    run_check(data, model=model, validation=validation, as_json=as_json, html=html, fix=fix)
 
 
 @app.command()

@@ -9,38 +9,40 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from tunesmith.cli.check import load_data
 from tunesmith.cli.console import ConsoleReporter, quiet_libraries
-from tunesmith.config.load import LoadedRecipe, load_recipe
+from tunesmith.config.load import LoadedRecipe
 from tunesmith.data.columns import read_samples
-from tunesmith.data.templates import Renderer, install_template
-from tunesmith.data.tokenize import TokenSequence, encode_samples
+from tunesmith.data.sources import find_sources
+from tunesmith.data.templates import build_renderer
+from tunesmith.data.tokenize import Encoder, TokenSequence
 from tunesmith.errors import DataError, Problem
 from tunesmith.model.load import find_model, load_tokenizer
-from tunesmith.types import Sample, Tokenizer
+from tunesmith.types import Preference, Reporter, Sample, Tokenizer
 
 
 def run_preview(recipe: str, overrides: Sequence[str], *, num_samples: int) -> None:
-    """Prints the first samples of a recipe's training data; needs a tokenizer, not a model."""
+    """Prints the first samples of a recipe's or a file's data; needs a tokenizer, not a model."""
     console = Console()
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_data([recipe, *overrides])
     quiet_libraries()
     source = find_model(loaded.recipe.model, ConsoleReporter(console), loaded.folder)
     tokenizer = load_tokenizer(source)
-    template = install_template(tokenizer, loaded.recipe.data.template, loaded.folder)
-    renderer = Renderer(tokenizer, dict(loaded.recipe.data.template_arguments))
+    renderer, template = build_renderer(tokenizer, loaded.recipe.data, loaded.folder)
+    encoder = Encoder(tokenizer.backend_tokenizer)
     console.print(f"template: {template}", highlight=False)
     console.print(_legend(console))
-    for sample in first_samples(loaded, num_samples):
+    for sample in first_samples(loaded, num_samples, ConsoleReporter(console)):
         segments = renderer.render(sample)
         if isinstance(segments, Problem):
             raise DataError([segments])
-        sequences = encode_samples(tokenizer.backend_tokenizer, [segments])[0]
+        sequences = encoder.encode([segments], loaded.recipe.data.prompt_loss_weight)[0]
         show_sample(console, tokenizer, sample, sequences, loaded.recipe.data.max_length)
     for note, count in renderer.notes.items():
         console.print(f"note ({count} of these samples): {note}", highlight=False)
 
 
-def first_samples(loaded: LoadedRecipe, count: int) -> list[Sample]:
+def first_samples(loaded: LoadedRecipe, count: int, reporter: Reporter) -> list[Sample]:
     """The first good samples; problems among them are an error.
 
     Raises:
@@ -48,8 +50,8 @@ def first_samples(loaded: LoadedRecipe, count: int) -> list[Sample]:
     """
     rows = (
         row
-        for source in loaded.recipe.data.train
-        for row in read_samples(source, loaded.locate(source.path))
+        for source in find_sources(loaded.recipe.data, loaded.locate, reporter).train
+        for row in read_samples(source.config, source.files)
     )
     first = list(islice(rows, count))
     problems = [row for row in first if isinstance(row, Problem)]
@@ -69,6 +71,8 @@ def show_sample(
     for number, sequence in enumerate(sequences, start=1):
         total, learned = len(sequence.ids), sum(run[1] for run in sequence.runs)
         part = f", sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""
+        if isinstance(sample, Preference) and len(sequences) == 2:
+            part = (", chosen", ", rejected")[number - 1]
         console.print(f"\n{sample.origin}{part}", style="bold", highlight=False)
         console.print(token_text(tokenizer, sequence, console))
         line = f"{total} tokens, {learned} supervised ({100 * learned / max(total, 1):.0f} %)"

@@ -21,6 +21,9 @@ AUTO_KEYS = (
     "checkpoint.every_steps",
 )
 
+TEXT_TOKENS = 2048
+"""Raw text is cut into pieces of at most so many tokens."""
+
 EPOCHS_BY_ROWS = ((100, 15), (1_000, 10), (10_000, 2), (100_000, 1))
 """The rule of thumb of the Chinese SFT guides: small data wants many passes."""
 
@@ -31,6 +34,7 @@ class Facts:
 
     num_rows: int
     longest_tokens: int
+    """Of samples with answers; raw text is cut into pieces anyway."""
     context_tokens: int
     hidden_size: int
     device_kind: str
@@ -38,6 +42,10 @@ class Facts:
     free_bytes: int
     """Memory left for activations once weights, gradients and optimizer are in place."""
     activation_bytes_per_token: int
+    longest_text_tokens: int = 0
+    """Of samples of raw text."""
+    has_validation: bool = False
+    """Whether the data brings validation rows of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +86,12 @@ def resolve(recipe: Recipe, facts: Facts) -> Resolved:
     if isinstance(recipe.method, LoraConfig):
         rank = fill("method.rank", 16, "enough for a task of one's own; 8 to 64 differ little")
         fill("method.alpha", 2 * float(str(rank)), "twice the rank")
-    fill("train.epochs", *_epochs(num_train))
+    fill("train.epochs", *auto_epochs(num_train))
     batch = fill("train.global_batch", *_global_batch(num_train))
     fill("train.learning_rate", *_learning_rate(recipe, facts))
-    longest = min(facts.longest_tokens, int(values["data"]["max_length"]))
+    longest = min(
+        max(facts.longest_tokens, facts.longest_text_tokens), int(values["data"]["max_length"])
+    )
     fill("train.micro_batch_tokens", *_micro_batch_tokens(facts, longest))
     steps = values["train"]["max_steps"] or (
         math.ceil(num_train / int(str(batch))) * values["train"]["epochs"]
@@ -98,12 +108,17 @@ def _dtype(facts: Facts) -> tuple[str, str]:
 
 
 def _max_length(facts: Facts) -> tuple[int, str]:
+    text = min(facts.longest_text_tokens, TEXT_TOKENS, facts.context_tokens)
+    if text > facts.longest_tokens:
+        return max(8, text), "pieces of raw text"
     if facts.longest_tokens <= facts.context_tokens:
         return max(8, facts.longest_tokens), "the longest sample"
     return facts.context_tokens, f"the model's context; the longest is {facts.longest_tokens}"
 
 
 def _validation(facts: Facts) -> tuple[int, str]:
+    if facts.has_validation:
+        return 0, "the data has a validation split of its own"
     if facts.num_rows < 10:
         return 0, f"{facts.num_rows} rows are too few to hold any out"
     count = min(1000, max(1, round(0.1 * facts.num_rows)))
@@ -116,7 +131,7 @@ def _count(held_out: object, num_rows: int) -> int:
     return held_out if isinstance(held_out, int) else 0
 
 
-def _epochs(num_train: int) -> tuple[int, str]:
+def auto_epochs(num_train: int) -> tuple[int, str]:
     """Interpolates EPOCHS_BY_ROWS in the logarithm of the rows."""
     points = EPOCHS_BY_ROWS
     rows = min(max(num_train, points[0][0]), points[-1][0])

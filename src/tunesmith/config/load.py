@@ -55,6 +55,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     return LoadedRecipe(recipe, path.stem, path.resolve().parent)
 
 
+def recipe_with(
+    tree: Mapping[str, Json], overrides: Sequence[str], *, name: str = "check"
+) -> LoadedRecipe:
+    """A recipe given as plain data with `key.path=value` overrides, e.g. one made by a command."""
+    values, places = dict[str, Any](tree), dict[KeyPath, str]()
+    for override in overrides:
+        _apply_override(values, override, places)
+    return LoadedRecipe(_validate(values, places, "command line"), name, Path.cwd())
+
+
 def recipe_from(tree: Mapping[str, Json], *, where: str = "recipe") -> Recipe:
     """Validates a recipe given as plain data, e.g. one made by another command."""
     return _validate(dict(tree), {}, where)

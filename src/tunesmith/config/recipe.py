@@ -45,46 +45,120 @@ class ModelConfig(Strict):
 
 
 class SourceConfig(Strict):
-    """One file of samples."""
+    """One source of samples: a file, a folder, or a data set on a hub."""
 
     path: str
-    """File, relative to the recipe or to the working directory."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "completion"] = "auto"
-    """Shape of the rows; auto looks at their column names."""
+    """A file or folder, relative to the recipe or the working directory, or a data set on a hub:
+    `hf:org/name`, `ms:org/name` (with `@revision` and `:split` if wanted)."""
+    name: str | None = None
+    """What reports call it; null takes the path's last part."""
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "completion",
+        "qa",
+        "text",
+        "llama-chinese",
+        "preference",
+        "openai-preference",
+        "kto",
+    ] = "auto"
+    """Shape of the rows; auto looks at their column names (docs/data.md)."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Canonical column name -> name in the file, e.g. {instruction: question, output: answer}."""
-    encoding: str = "utf-8"
-    """Text encoding of the file, e.g. gb18030."""
+    tags: dict[str, str] = Field(default_factory=dict)
+    """Names inside messages, e.g. {role: speaker, content: text, user: Q, assistant: A}."""
+    encoding: str = "auto"
+    """Text encoding, e.g. gb18030; auto is UTF-8, or what a byte order mark says."""
+    split: str | None = None
+    """Named split of a folder or data set; null takes `train` where there are splits."""
+    sheet: str | None = None
+    """Sheet of a workbook; null takes the first one with rows."""
     limit: PositiveInt | None = None
     """Read at most so many rows; null reads all."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each row comes in an epoch: 0.5 is another half each time, 2 is twice."""
+    count: PositiveInt | None = None
+    """Rows of this source in an epoch, in place of `weight`; null lets `weight` decide."""
+    sha1: str | None = None
+    """Hash that the file must have (LLaMA-Factory's file_sha1); null checks nothing."""
 
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: object) -> object:
         return _from_short(value, "path")
 
+    @property
+    def label(self) -> str:
+        """What reports call the source."""
+        return self.name or self.path.rstrip("/").rpartition("/")[2]
+
 
 def _sources(value: object) -> object:
     return [value] if isinstance(value, str | dict) else value
 
 
+class ReplayConfig(Strict):
+    """General data mixed in, so that the model does not forget what it could do before."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of an epoch's samples that come from it."""
+    source: SourceConfig
+    """The general data."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: object) -> object:
+        if isinstance(value, str):
+            return {"source": value}
+        if isinstance(value, dict) and "path" in value:
+            data = cast("dict[str, object]", value)
+            rest = {key: data[key] for key in data if key != "share"}
+            return {**{key: data[key] for key in data if key == "share"}, "source": rest}
+        return value
+
+
 class DataConfig(Strict):
     """What to learn from and what to measure on."""
 
-    train: Annotated[list[SourceConfig], Field(min_length=1)]
-    """Training files: a path, a list of paths, or a list of {path, format, columns, ...}."""
+    train: list[SourceConfig] = Field(default_factory=list[SourceConfig])
+    """Training data: a path, a list of paths, or a list of {path, format, columns, weight, ...}."""
+    registry: str | None = None
+    """A LLaMA-Factory dataset_info.json whose entries `names` picks; null uses `train` alone."""
+    names: list[str] = Field(default_factory=list[str])
+    """Entries of the registry to train on."""
+    mix: Literal["shuffle", "interleave", "concat"] = "shuffle"
+    """Order of several sources: shuffled together, evenly spread, or one after the other."""
+    replay: ReplayConfig | None = None
+    """General data against forgetting: {path, share}; null mixes nothing in."""
     validation: Auto | Fraction | Annotated[int, Field(ge=0)] | list[SourceConfig] = "auto"
-    """A share (0.1) or a number (200) of the training rows held out, or files of their own.
+    """A share (0.1) or a number (200) of the training rows held out, or data of their own.
 
-    0 holds nothing out. auto is 10 %, at most 1,000 rows, nothing under 10 rows."""
+    0 holds nothing out. auto is the `validation` split of the training data where it has one, else
+    10 %, at most 1,000 rows, nothing under 10 rows."""
+    bad_rows: Literal["stop", "drop"] = "stop"
+    """Rows with problems: stop and list them, or leave them out and count them."""
     template: str = "auto"
-    """Chat template: auto is the tokenizer's own; plain is User:/Assistant:; or a .jinja file."""
+    """Chat template: auto is the tokenizer's own, else plain; or a name (docs/data.md), or a .jinja
+    file."""
     template_arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """Variables for the chat template, e.g. {enable_thinking: false} for Qwen3."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Thinking mode of the chat template; auto is the template's own default."""
+    train_on: Literal["all", "last"] | list[int] = "all"
+    """Answers that carry loss: all, the last one, or chosen ones (1 is the first, -1 the last)."""
+    prompt_loss_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Weight of the prompt's tokens in the loss."""
+    fill_in_middle: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of raw texts turned into fill-in-the-middle tasks, for models that know them."""
     max_length: Auto | Annotated[int, Field(ge=8)] = "auto"
     """Tokens a sample may have; auto is its longest sample, up to the model's context."""
-    overlong: Literal["truncate", "drop"] = "truncate"
-    """What happens to a longer sample: its end is cut off, or it is left out."""
+    overlong: Literal["auto", "drop", "cut_right", "cut_left", "split"] = "auto"
+    """What happens to a longer sample: left out, its end or its start cut off, or cut into pieces.
+
+    auto splits raw text and cuts the end of everything else."""
 
     @model_validator(mode="before")
     @classmethod
@@ -100,11 +174,25 @@ class DataConfig(Strict):
             return {"train": [source], **rest}
         if "train" in data:
             data = {**data, "train": _sources(data["train"])}
+        if isinstance(data.get("names"), str):
+            data = {**data, "names": [data["names"]]}
+        if isinstance(data.get("thinking"), bool):  # YAML reads on and off as true and false
+            data = {**data, "thinking": "on" if data["thinking"] else "off"}
+        if data.get("overlong") == "truncate":
+            data = {**data, "overlong": "cut_right"}
         if isinstance(data.get("validation"), dict) or (
             isinstance(data.get("validation"), str) and data["validation"] != "auto"
         ):
             data = {**data, "validation": _sources(data["validation"])}
         return data
+
+    @model_validator(mode="after")
+    def _has_data(self) -> DataConfig:
+        if not self.train and not self.names:
+            raise ValueError("a path (`train`), or a `registry` with `names`")
+        if bool(self.names) != (self.registry is not None):
+            raise ValueError("`registry` and `names` together")
+        return self
 
 
 class FullConfig(Strict):

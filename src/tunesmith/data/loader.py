@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.data.order import order
+from tunesmith.data.mix import Share, Strategy, mixed_order
 from tunesmith.data.pack import build_batch, pack
 from tunesmith.data.store import TokenStore
 from tunesmith.data.tokenize import TokenSequence
@@ -22,11 +22,14 @@ class Loader:
 
     Args:
         store: the token store.
-        samples: the samples to use, as store numbers.
+        samples: the samples to use, as store numbers, source by source.
         global_batch: samples per optimizer step.
         micro_batch_tokens: token budget of a micro-batch.
-        max_length: tokens of a sequence beyond which its end is cut off.
+        max_length: tokens of a sequence; longer ones are treated as `overlong` says.
         seed: of the order.
+        shares: what each source gives to an epoch; by default all samples are one source.
+        mix: how sources share an epoch.
+        overlong: see `DataConfig.overlong`; what is to be dropped is not among `samples`.
     """
 
     store: TokenStore
@@ -35,19 +38,30 @@ class Loader:
     micro_batch_tokens: int
     max_length: int
     seed: int
+    shares: tuple[Share, ...] = ()
+    mix: Strategy = "shuffle"
+    overlong: str = "auto"
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples in one epoch, repeated ones included."""
+        return sum(share.draws for share in self._all_shares)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass; the last one of an epoch may be smaller."""
-        return -(-len(self.samples) // self.global_batch)
+        return -(-self.samples_per_epoch // self.global_batch)
+
+    @property
+    def _all_shares(self) -> tuple[Share, ...]:
+        return self.shares or (Share(len(self.samples), len(self.samples)),)
 
     def batch(self, step: int) -> GlobalBatch:
         """The global batch of a step, counted from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
         start = within * self.global_batch
-        chosen = _epoch_order(self.seed, epoch, len(self.samples))[
-            start : start + self.global_batch
-        ]
+        epoch_order = _epoch_order(self.seed, epoch, self._all_shares, self.mix)
+        chosen = epoch_order[start : start + self.global_batch]
         ids = [int(sample) for sample in self.samples[chosen]]
         micro_batches = tuple(self._pack(ids))
         return GlobalBatch(
@@ -73,15 +87,30 @@ class Loader:
 
     def _pack(self, sample_ids: Sequence[int]) -> Iterator[PackedBatch]:
         sequences: list[tuple[int, TokenSequence]] = [
-            (sample, self.store.sequence(index, self.max_length))
+            (sample, self.store.sequence(index, window))
             for sample in sample_ids
             for index in self.store.sequences_of(sample)
+            for window in self._windows(sample, index)
         ]
         lengths = [len(sequence.ids) for _, sequence in sequences]
         for members in pack(lengths, self.micro_batch_tokens):
             yield build_batch([sequences[member] for member in members])
 
+    def _windows(self, sample: int, sequence: int) -> list[tuple[int, int]]:
+        """The parts of a sequence that are used."""
+        length, most = self.store.length(sequence), self.max_length
+        if length <= most:
+            return [(0, length)]
+        if self.overlong == "cut_left":
+            return [(length - most, length)]
+        if self.overlong == "split" or (self.overlong == "auto" and self.store.is_text[sample]):
+            # One token is shared: the last of a piece is the first that predicts in the next.
+            return [(start, min(start + most, length)) for start in range(0, length - 1, most - 1)]
+        return [(0, most)]
+
 
 @lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, num_samples: int) -> npt.NDArray[np.int64]:
-    return order(seed, epoch, num_samples)
+def _epoch_order(
+    seed: int, epoch: int, shares: tuple[Share, ...], mix: Strategy
+) -> npt.NDArray[np.int64]:
+    return mixed_order(seed, epoch, shares, mix)

@@ -2,57 +2,113 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from tunesmith.config.recipe import DataConfig
-from tunesmith.data.order import split_samples
+from tunesmith.config.recipe import DataConfig, SourceConfig
+from tunesmith.data.mix import Share, replay_draws
+from tunesmith.data.order import drop_leaked, split_by_source
 from tunesmith.data.store import TokenStore
 from tunesmith.errors import DataError, Problem
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Samples that are not used as they are."""
+
+    truncated: int = 0
+    split: int = 0
+    dropped: int = 0
+    unsupervised: int = 0
+    leaked: int = 0
+    bad: int = 0
+
+
+@dataclass(frozen=True)
 class Split:
-    """Samples of a run; validation may live in a store of its own."""
+    """Samples of a run; validation may live in a store of its own.
+
+    `train` holds the samples source by source, `shares` how many each source gives to an epoch.
+    """
 
     train_store: TokenStore
     validation_store: TokenStore
     train: npt.NDArray[np.int64]
+    shares: tuple[Share, ...]
     validation: npt.NDArray[np.int64]
-    num_truncated: int
-    num_dropped: int
-    num_unsupervised: int
+    counts: Counts
 
 
 def make_split(
     data: DataConfig,
-    store: TokenStore,
-    validation_store: TokenStore | None,
+    sources: list[SourceConfig],
+    stores: tuple[TokenStore, TokenStore | None],
     *,
     max_length: int,
     seed: int,
 ) -> Split:
     """Chooses training and validation samples.
 
-    Left out: overlong samples where the recipe says so, and samples that have no supervised token
-    (within `max_length`), for they teach nothing.
+    Left out: overlong samples where the recipe says so, samples that have no supervised token
+    (within `max_length`), for they teach nothing, and training samples that are validated on.
+    Rows of the replay source are not held out: validation measures the task.
+
+    Args:
+        data: the recipe's part.
+        sources: of the training store, in order; with replay, its source is the last.
+        stores: for training, and for validation if that has data of its own.
+        max_length: tokens of a sequence.
+        seed: of the choice.
 
     Raises:
         DataError: nothing is left to train on (`data.nothing-to-learn`).
     """
+    store, validation_store = stores
     usable, counts = _usable(store, data, max_length)
     _require(usable, "data.train", max_length)
+    source_of = store.sample_sources
     if validation_store is not None:
-        train = usable
         validation, _ = _usable(validation_store, data, max_length)
         _require(validation, "data.validation", max_length)
+        leaked = drop_leaked(
+            store.sample_hashes[usable], validation_store.sample_hashes[validation]
+        )
+        train = usable[~leaked]
+        counts = replace(counts, leaked=int(leaked.sum()))
+        _require(train, "data.train", max_length)
     else:
-        count = num_validation(data, len(usable))
-        inside, held_out = split_samples(store.sample_hashes[usable], count, seed)
-        train, validation = usable[inside], usable[held_out]
-    return Split(store, validation_store or store, train, validation, *counts)
+        is_replay = source_of[usable] == (len(sources) - 1 if data.replay else -1)
+        own = usable[~is_replay]
+        _require(own, "data.train", max_length)
+        inside, held_out = split_by_source(
+            store.sample_hashes[own], source_of[own], num_validation(data, len(own)), seed
+        )
+        validation = own[held_out]
+        replay = usable[is_replay]
+        leaked = drop_leaked(store.sample_hashes[replay], store.sample_hashes[validation])
+        train = np.concatenate([own[inside], replay[~leaked]])
+        counts = replace(counts, leaked=int(leaked.sum()))
+    train = train[np.argsort(source_of[train], kind="stable")]
+    shares = _shares(data, sources, np.bincount(source_of[train], minlength=len(sources)))
+    return Split(store, validation_store or store, train, shares, validation, counts)
+
+
+def _shares(
+    data: DataConfig, sources: list[SourceConfig], sizes: npt.NDArray[np.int64]
+) -> tuple[Share, ...]:
+    """How many samples each source gives to an epoch."""
+    shares = [
+        Share.by_weight(size, source.weight)
+        if source.count is None
+        else Share.by_count(size, source.count)
+        for source, size in zip(sources, sizes.tolist(), strict=True)
+    ]
+    if data.replay is not None:
+        num_others = sum(share.draws for share in shares[:-1])
+        shares[-1] = Share.by_count(shares[-1].size, replay_draws(num_others, data.replay.share))
+    return tuple(shares)
 
 
 def num_validation(data: DataConfig, num_samples: int) -> int:
@@ -76,15 +132,23 @@ def _require(samples: npt.NDArray[np.int64], where: str, max_length: int) -> Non
 
 def _usable(
     store: TokenStore, data: DataConfig, max_length: int
-) -> tuple[npt.NDArray[np.int64], tuple[int, int, int]]:
-    """The samples to use, and how many are (truncated, dropped, without anything to learn)."""
+) -> tuple[npt.NDArray[np.int64], Counts]:
+    """The samples to use, and what becomes of the others."""
     is_overlong = store.longest_of_samples() > max_length
     is_dropped = is_overlong & (data.overlong == "drop")
-    has_nothing = (store.first_supervised_of_samples() >= max_length) & ~is_dropped
+    is_split = is_overlong & (
+        (data.overlong == "split") | (store.is_text & (data.overlong == "auto"))
+    )
+    # Only a cut at the end can take all that is supervised away.
+    is_cut = is_overlong & ~is_dropped & ~is_split
+    first = store.first_supervised_of_samples()
+    has_nothing = is_cut & (first >= max_length) & (data.overlong != "cut_left")
     keep = ~is_dropped & ~has_nothing
-    counts = (
-        int((is_overlong & keep).sum()),
-        int(is_dropped.sum()),
-        int(has_nothing.sum()) + store.num_silent,
+    counts = Counts(
+        truncated=int((is_cut & keep).sum()),
+        split=int(is_split.sum()),
+        dropped=int(is_dropped.sum()),
+        unsupervised=int(has_nothing.sum()) + store.num_silent,
+        bad=store.num_bad,
     )
     return np.flatnonzero(keep), counts

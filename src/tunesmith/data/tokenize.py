@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tunesmith.data.templates import Segment, unroll
-from tunesmith.types import BackendTokenizer, Encoding
+from tunesmith.data.templates.guard import GUARD
+from tunesmith.data.templates.skeleton import added_tokens
+from tunesmith.types import BackendTokenizer, Encoding, Span
 
 Run = tuple[int, int, float]
 """Supervised tokens as (first, how many, weight)."""
@@ -22,27 +25,103 @@ class TokenSequence:
     ids: npt.NDArray[np.int32]
     runs: tuple[Run, ...]
 
+    def same_as(self, other: TokenSequence) -> bool:
+        """Whether tokens and runs are equal."""
+        return self.runs == other.runs and np.array_equal(self.ids, other.ids)
 
-def encode_samples(
-    backend: BackendTokenizer, samples: Sequence[list[Segment]]
-) -> list[list[TokenSequence]]:
-    """Encodes the sequences of many samples in one parallel call.
 
-    Each text is encoded whole, as inference encodes its prompt. Where a token would reach over
-    the edge of an answer, that sequence's answers become sequences of their own, prompt and answer
-    encoded apart: the prompt's tokens are those of inference in every case.
-    """
-    flat = [segment for segments in samples for segment in segments]
-    texts = ["".join(span.text for span in segment) for segment in flat]
-    encodings = backend.encode_batch(texts, add_special_tokens=False)
-    encoded: list[list[TokenSequence] | None] = []
-    for segment, encoding in zip(flat, encodings, strict=True):
-        runs = find_runs(segment, encoding)
-        encoded.append(None if runs is None else [_trim(encoding.ids, runs)])
-    split = [segment for segment, done in zip(flat, encoded, strict=True) if done is None]
-    apart = iter(_encode_apart(backend, split))
-    complete = iter([next(apart) if done is None else done for done in encoded])
-    return [[item for _ in segments for item in next(complete)] for segments in samples]
+class Encoder:
+    """Encodes rendered samples with one tokenizer."""
+
+    def __init__(self, backend: BackendTokenizer) -> None:
+        self.backend = backend
+        self._as_text: BackendTokenizer | None = None
+        tokens = sorted(added_tokens(backend), key=len, reverse=True)
+        self._tokens = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+    def encode(
+        self, samples: Sequence[list[Segment]], prompt_weight: float = 0.0
+    ) -> list[list[TokenSequence]]:
+        """Encodes the sequences of many samples in one parallel call.
+
+        Each text is encoded whole, as inference encodes its prompt. Where a token would reach over
+        the edge of an answer, that sequence's answers become sequences of their own, prompt and
+        answer encoded apart: the prompt's tokens are those of inference in every case.
+
+        Args:
+            samples: the rendered sequences of each sample.
+            prompt_weight: loss weight of all tokens that are no answer.
+        """
+        flat = [segment for segments in samples for segment in segments]
+        texts = ["".join(span.text for span in segment) for segment in flat]
+        encoded: list[list[TokenSequence] | None] = []
+        for segment, encoding in zip(flat, self.encode_texts(texts), strict=True):
+            runs = find_runs(segment, encoding)
+            encoded.append(None if runs is None else [trimmed(as_ids(encoding.ids), runs)])
+        split = [segment for segment, done in zip(flat, encoded, strict=True) if done is None]
+        apart = iter(self._encode_apart(split))
+        complete = iter([next(apart) if done is None else done for done in encoded])
+        result = [[item for _ in segments for item in next(complete)] for segments in samples]
+        return [weigh_prompts(item, prompt_weight) for item in result] if prompt_weight else result
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encodes texts; what a guard marks is encoded as plain text."""
+        if not any(GUARD in text for text in texts):
+            return self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            self._encode_guarded(text)
+            if GUARD in text
+            else self.backend.encode_batch([text], add_special_tokens=False)[0]
+            for text in texts
+        ]
+
+    def _encode_guarded(self, text: str) -> Encoding:
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at, stop = 0, 0
+        for token in [*self._tokens.finditer(text), None]:
+            start = token.start() if token else len(text)
+            between = text[stop:start].replace(GUARD, "")
+            for backend, piece in ((self._plain(), between), (self.backend, token and token[0])):
+                if piece:
+                    encoding = backend.encode_batch([piece], add_special_tokens=False)[0]
+                    ids += encoding.ids
+                    offsets += [(at + first, at + last) for first, last in encoding.offsets]
+                    at += len(piece)
+            stop = token.end() if token else stop
+        return PlainEncoding(ids, offsets)
+
+    def _plain(self) -> BackendTokenizer:
+        """The same tokenizer, for which special tokens are text like any other."""
+        if self._as_text is None:
+            self._as_text = self.backend.from_str(self.backend.to_str())
+            self._as_text.encode_special_tokens = True
+        return self._as_text
+
+    def _encode_apart(self, segments: Sequence[Segment]) -> list[list[TokenSequence]]:
+        pairs = [unroll(segment) for segment in segments]
+        texts = [
+            text for group in pairs for prompt, answer in group for text in (prompt, answer.text)
+        ]
+        encodings = iter(self.encode_texts(texts))
+        result: list[list[TokenSequence]] = []
+        for group in pairs:
+            sequences: list[TokenSequence] = []
+            for _, answer in group:
+                prompt_ids: list[int] = next(encodings).ids
+                answer_ids: list[int] = next(encodings).ids
+                run = (len(prompt_ids), len(answer_ids), answer.weight)
+                sequences.append(trimmed(as_ids(prompt_ids + answer_ids), (run,)))
+            result.append(sequences)
+        return result
+
+
+@dataclass(slots=True)
+class PlainEncoding:
+    """An Encoding put together from several."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 def find_runs(segment: Segment, encoding: Encoding) -> tuple[Run, ...] | None:
@@ -52,7 +131,7 @@ def find_runs(segment: Segment, encoding: Encoding) -> tuple[Run, ...] | None:
     runs: list[Run] = []
     at = 0
     for span in segment:
-        start, stop = at, at + len(span.text)
+        start, stop = at, at + _length(span)
         at = stop
         if not span.is_supervised or start == stop:
             continue
@@ -72,25 +151,38 @@ def find_runs(segment: Segment, encoding: Encoding) -> tuple[Run, ...] | None:
     return tuple(runs)
 
 
-def _encode_apart(
-    backend: BackendTokenizer, segments: Sequence[Segment]
-) -> list[list[TokenSequence]]:
-    pairs = [unroll(segment) for segment in segments]
-    texts = [text for group in pairs for prompt, answer in group for text in (prompt, answer.text)]
-    encodings = iter(backend.encode_batch(texts, add_special_tokens=False) if texts else [])
-    result: list[list[TokenSequence]] = []
-    for group in pairs:
-        sequences: list[TokenSequence] = []
-        for _, answer in group:
-            prompt_ids: list[int] = next(encodings).ids
-            answer_ids: list[int] = next(encodings).ids
-            run = (len(prompt_ids), len(answer_ids), answer.weight)
-            sequences.append(_trim(prompt_ids + answer_ids, (run,)))
-        result.append(sequences)
-    return result
+def _length(span: Span) -> int:
+    return len(span.text) - span.text.count(GUARD)
 
 
-def _trim(ids: list[int], runs: tuple[Run, ...]) -> TokenSequence:
+def trimmed(ids: npt.NDArray[np.int32], runs: tuple[Run, ...]) -> TokenSequence:
     """Drops what follows the last supervised token: it would be computed for nothing."""
-    stop = runs[-1][0] + runs[-1][1] if runs else len(ids)
-    return TokenSequence(np.asarray(ids[:stop], dtype=np.int32), runs)
+    return TokenSequence(ids[: runs[-1][0] + runs[-1][1]] if runs else ids, runs)
+
+
+def as_ids(ids: Sequence[int]) -> npt.NDArray[np.int32]:
+    """Token ids as an array."""
+    return np.asarray(ids, dtype=np.int32)
+
+
+def weigh_prompts(sequences: Sequence[TokenSequence], weight: float) -> list[TokenSequence]:
+    """Gives the tokens between answers a weight of their own.
+
+    Where a sample has several sequences, a later one repeats the start of the one before: what
+    both have in common is weighed once.
+    """
+    weighed: list[TokenSequence] = []
+    before: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
+    for sequence in sequences:
+        shared = min(len(before), len(sequence.ids))
+        differs = np.flatnonzero(before[:shared] != sequence.ids[:shared])
+        at = int(differs[0]) if len(differs) else shared
+        runs: list[Run] = []
+        for first, length, run_weight in sequence.runs:
+            if first > at:
+                runs.append((at, first - at, weight))
+            runs.append((first, length, run_weight))
+            at = first + length
+        weighed.append(TokenSequence(sequence.ids, tuple(runs)))
+        before = sequence.ids
+    return weighed

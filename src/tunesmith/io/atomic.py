@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -36,6 +37,26 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise _disk_error(path, error) from error
+
+
+@contextmanager
+def atomic_text(path: Path) -> Generator[TextIO]:
+    """Yields a UTF-8 text file that becomes `path` when the block ends without an error.
+
+    Raises:
+        DiskError: it cannot be written (`disk.write`).
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise _disk_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

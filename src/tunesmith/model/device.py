@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,21 @@ class Device:
     def torch_device(self) -> torch.device:
         """The torch device."""
         return torch.device(self.kind)
+
+    def measure_flops(self) -> float:
+        """Floating-point operations a second in large matrix products, timed for a moment.
+
+        What training reaches is less by memory traffic and small operations.
+        """
+        dtype = torch.bfloat16 if self.has_fast_bf16 else torch.float32
+        size = 1024 if self.kind == "cpu" else 8192
+        matrix = torch.ones(size, size, dtype=dtype, device=self.torch_device)
+        times: list[float] = []
+        for _ in range(5):
+            started = time.perf_counter()
+            float((matrix @ matrix)[0, 0])  # waits for the device
+            times.append(time.perf_counter() - started)
+        return 2 * size**3 / min(times)
 
 
 def find_device() -> Device:

@@ -1,0 +1,288 @@
+"""Builds a token store in shards: a build that is cut off goes on where its last shard ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from array import array
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from tunesmith.data.columns import read_samples
+from tunesmith.data.encode import Batch, Pipeline, Sourced
+from tunesmith.data.readers import Meter
+from tunesmith.data.sources import Source
+from tunesmith.data.store import ARRAYS, KINDS, StoreInputs, TokenStore, kind_of
+from tunesmith.data.templates.skeleton import SkeletonMismatchError
+from tunesmith.data.tokenize import TokenSequence
+from tunesmith.errors import MAX_PROBLEMS, DataError, LockError, Problem, TunesmithError
+from tunesmith.io.atomic import atomic_directory, write_atomic
+from tunesmith.io.lock import directory_lock
+from tunesmith.io.manifest import find_damage, write_manifest
+from tunesmith.types import Origin, Reporter, Sample
+
+SHARD_SAMPLES = 50_000
+"""Samples between two points from which a build can go on."""
+
+
+def open_store(inputs: StoreInputs, reporter: Reporter) -> TokenStore:
+    """The store for these inputs, built if it is not in the cache or is damaged there.
+
+    Raises:
+        DataError: rows or files are wrong; up to MAX_PROBLEMS are listed, all are counted.
+    """
+    with reporter.waiting("Looking at the data files"):
+        folder = inputs.folder / inputs.key()
+        is_whole = find_damage(folder) is None
+    if not is_whole:
+        with _workplace(folder) as workplace:
+            try:
+                _build(inputs, workplace, folder, reporter)
+            except SkeletonMismatchError:
+                reporter.note(
+                    "the chat template treats some texts in a way of its own: every sample is "
+                    "rendered by the template itself, which takes longer"
+                )
+                inputs.renderer.skeletons = None
+                shutil.rmtree(workplace)
+                workplace.mkdir()
+                _build(inputs, workplace, folder, reporter)
+    return TokenStore(folder)
+
+
+@contextmanager
+def _workplace(folder: Path) -> Generator[Path]:
+    """The folder of unfinished shards; one of its own while a second process builds the same.
+
+    What a kill leaves there stays for the next start; what ends by itself leaves nothing.
+    """
+    shared = folder.with_name(f"{folder.name}.unfinished")
+    shared.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(directory_lock(shared))
+            workplace = shared
+        except LockError:
+            workplace = Path(stack.enter_context(TemporaryDirectory(dir=folder.parent)))
+        try:
+            yield workplace
+        except TunesmithError:
+            shutil.rmtree(workplace, ignore_errors=True)
+            raise
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+LARGE_BYTES = 8 << 20
+"""From so much data on, a second spent on a faster tokenizer comes back."""
+
+ARRAY_CODES: dict[Any, str] = {
+    np.int16: "h",
+    np.int32: "i",
+    np.int64: "q",
+    np.uint8: "B",
+    np.uint64: "Q",
+    np.float32: "f",
+}
+"""The codes of Python's own growing arrays."""
+
+
+class _Columns:
+    """Growing columns of a shard."""
+
+    def __init__(self, files: dict[tuple[str, str | None], int]) -> None:
+        self.arrays = {name: array(ARRAY_CODES[kind]) for name, kind in ARRAYS.items()}
+        self.files = files
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.arrays["sample_line"])
+
+    def add(self, source: int, sample: Sample, sequences: Sequence[TokenSequence]) -> None:
+        columns = self.arrays
+        digest = hashlib.blake2b(digest_size=8)
+        for sequence in sequences:
+            content = sequence.ids.tobytes()
+            columns["ids"].frombytes(content)
+            digest.update(content + b"|")
+            columns["lengths"].append(len(sequence.ids))
+            columns["num_runs"].append(len(sequence.runs))
+            for first, length, weight in sequence.runs:
+                columns["run_first"].append(first)
+                columns["run_length"].append(length)
+                columns["run_weight"].append(weight)
+        columns["num_sequences"].append(len(sequences))
+        columns["sample_hash"].append(int.from_bytes(digest.digest(), "little"))
+        columns["sample_line"].append(sample.origin.line)
+        columns["sample_file"].append(self._file(sample.origin))
+        columns["sample_source"].append(source)
+        columns["sample_kind"].append(KINDS.index(kind_of(sample)))
+
+    def _file(self, origin: Origin) -> int:
+        return self.files.setdefault((origin.path, origin.sheet), len(self.files))
+
+    def save(self, folder: Path) -> None:
+        for name, values in self.arrays.items():
+            np.save(folder / f"{name}.npy", np.asarray(values, dtype=ARRAYS[name]))
+
+
+class _Progress:
+    """What a build knows besides arrays; saved with every shard."""
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        state = state or {}
+        self.num_rows: int = state.get("num_rows", 0)
+        self.num_silent: int = state.get("num_silent", 0)
+        self.num_bad: int = state.get("num_bad", 0)
+        self.problems = [Problem(**problem) for problem in state.get("problems", [])]
+        self.notes = Counter[str](state.get("notes", {}))
+        self.files = {(path, sheet): n for n, (path, sheet) in enumerate(state.get("files", []))}
+
+    def add(self, problem: Problem) -> None:
+        self.num_bad += 1
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(problem)
+
+    def as_json(self) -> dict[str, Any]:
+        problems = [
+            {"where": p.where, "code": p.code, "found": p.found, "expected": p.expected}
+            for p in self.problems
+        ]
+        return {
+            "num_rows": self.num_rows,
+            "num_silent": self.num_silent,
+            "num_bad": self.num_bad,
+            "problems": problems,
+            "notes": dict(self.notes),
+            "files": [list(file) for file in self.files],
+        }
+
+    def check(self, inputs: StoreInputs) -> None:
+        """Refuses what cannot be trained on."""
+        if self.num_bad and not inputs.drop_bad:
+            raise DataError(
+                self.problems,
+                num_problems=self.num_bad,
+                try_=(
+                    "correct these rows (`tunesmith check` shows them all, --fix leaves them out), "
+                    "map other column names in the recipe (columns:), or set data.bad_rows=drop"
+                ),
+            )
+        if self.num_rows == self.num_silent + self.num_bad:
+            found = "no rows"
+            if self.num_rows:
+                found = f"{self.num_bad} bad rows, and {self.num_silent} whose answers all weigh 0"
+            code = "data.nothing-to-learn" if self.num_rows else "data.empty-file"
+            where = str(inputs.sources[0].files[0])
+            raise DataError([Problem(where, code, found, "at least one row to learn from")])
+
+
+def _build(inputs: StoreInputs, workplace: Path, folder: Path, reporter: Reporter) -> None:
+    shards = _finished_shards(workplace)
+    progress = _Progress(_state_of(shards[-1]) if shards else None)
+    if shards:
+        reporter.note(f"going on behind row {progress.num_rows:,} of an unfinished preparation")
+    rows = islice(read_sources(inputs.sources, reporter), progress.num_rows, None)
+    num_bytes = sum(source.num_bytes for source in inputs.sources)
+    pipeline = Pipeline(inputs.renderer, inputs.prompt_weight, is_large=num_bytes > LARGE_BYTES)
+    columns = _Columns(progress.files)
+    for batch in pipeline.run(_accepted(rows, inputs.kinds)):
+        _add(batch, columns, progress)
+        if columns.num_samples >= SHARD_SAMPLES:
+            shards.append(_save_shard(workplace, len(shards), columns, progress))
+            columns = _Columns(progress.files)
+    if columns.num_samples or not shards:
+        shards.append(_save_shard(workplace, len(shards), columns, progress))
+    progress.check(inputs)
+    with atomic_directory(folder) as temporary:
+        _join(shards, temporary)
+        meta = {**progress.as_json(), "content_key": inputs.content_key()}
+        write_atomic(temporary / "meta.json", json.dumps(meta, ensure_ascii=False))
+        write_manifest(temporary)
+
+
+def read_sources(
+    sources: Sequence[Source], reporter: Reporter, label: str = "Reading and tokenizing"
+) -> Iterator[Sourced]:
+    """All samples of all sources, with their numbers, under a bar of the bytes read."""
+    meter = Meter()
+    total = sum(source.num_bytes for source in sources)
+    rows = (
+        (number, row)
+        for number, source in enumerate(sources)
+        for row in read_samples(source.config, source.files, meter)
+    )
+    return reporter.measure(label, rows, total, lambda: meter.bytes_read)
+
+
+def _accepted(rows: Iterable[Sourced], kinds: tuple[str, ...]) -> Iterator[Sourced]:
+    """Samples of kinds that the objective cannot learn from become problems."""
+    for number, row in rows:
+        if isinstance(row, Problem) or kind_of(row) in kinds:
+            yield number, row
+        else:
+            found = SPOKEN[kind_of(row)]
+            wanted = ", ".join(SPOKEN[kind] for kind in kinds)
+            yield number, Problem(str(row.origin), "data.kind", found, wanted)
+
+
+SPOKEN = {
+    "Conversation": "a conversation",
+    "Completion": "a prompt with its completion",
+    "Text": "raw text",
+    "Preference": "a preference pair",
+    "Rated": "a rated answer",
+}
+
+
+def _add(batch: Batch, columns: _Columns, progress: _Progress) -> None:
+    progress.notes += batch.notes
+    progress.num_rows += len(batch.rows)
+    for source, sample, result in batch:
+        if isinstance(result, Problem):
+            progress.add(result)
+        elif not isinstance(sample, Problem) and any(sequence.runs for sequence in result):
+            columns.add(source, sample, result)
+        else:
+            progress.num_silent += 1
+
+
+def _save_shard(workplace: Path, number: int, columns: _Columns, progress: _Progress) -> Path:
+    folder = workplace / f"shard-{number:06d}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    columns.save(folder)
+    write_atomic(folder / "state.json", json.dumps(progress.as_json(), ensure_ascii=False))
+    return folder
+
+
+def _finished_shards(workplace: Path) -> list[Path]:
+    """The shards that are whole: their state is written last."""
+    shards = sorted(workplace.glob("shard-*"))
+    return [shard for shard in shards if (shard / "state.json").exists()]
+
+
+def _state_of(shard: Path) -> dict[str, Any]:
+    return json.loads((shard / "state.json").read_text(encoding="utf-8"))
+
+
+def _join(shards: Sequence[Path], folder: Path) -> None:
+    """Lays the arrays of all shards end to end, a shard in memory at a time."""
+    for name, kind in ARRAYS.items():
+        parts = [np.load(shard / f"{name}.npy", mmap_mode="r") for shard in shards]
+        size = sum(len(part) for part in parts)
+        whole = np.lib.format.open_memmap(
+            folder / f"{name}.npy", mode="w+", dtype=kind, shape=(size,)
+        )
+        at = 0
+        for part in parts:
+            whole[at : at + len(part)] = part
+            at += len(part)
+        whole.flush()
