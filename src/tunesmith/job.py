@@ -42,6 +42,7 @@ class Job:
     template: str
     notes: dict[str, int]
     findings: list[str]
+    labels: list[str]
     resolved: Resolved
     split: Split
     sizes: Sizes
@@ -78,9 +79,7 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     is_bf16 = device.has_fast_bf16 if asked == "auto" else asked == "bfloat16"
     needs = estimate_needs(sizes, recipe, is_bf16=is_bf16)
     values = Resolved(resolved, {}) if resolved is not None else None
-    values = values or resolve(
-        recipe, _facts(store, sizes, needs, device, has_validation=bool(held_out))
-    )
+    values = values or resolve(recipe, _facts(store, sources, sizes, needs, device))
     configs = [each.config for each in sources.stored]
     loader, split = _split(values.recipe, configs, store, validation_store)
     max_steps = values.recipe.train.max_steps
@@ -93,6 +92,7 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
         template=template,
         notes=Counter(store.notes) + Counter(validation_store.notes if validation_store else {}),
         findings=findings,
+        labels=[config.label for config in configs],
         resolved=values,
         split=split,
         sizes=sizes,
@@ -116,15 +116,15 @@ def _check_ids(store: TokenStore, sizes: Sizes, source: ModelSource) -> None:
 
 
 def _facts(
-    store: TokenStore, sizes: Sizes, needs: Needs, device: Device, *, has_validation: bool
+    store: TokenStore, sources: Sources, sizes: Sizes, needs: Needs, device: Device
 ) -> Facts:
     # 40 % of the memory is left to the system, the head's logits, and error of the estimate.
     free_bytes = int(0.6 * device.memory_bytes) - needs.weight_bytes - needs.optimizer_bytes
     return Facts(
-        num_rows=store.num_samples,
+        num_rows=int((store.sample_sources < len(sources.train)).sum()),  # without replay
         longest_tokens=int(store.longest_of_samples()[~store.is_text].max(initial=0)),
         longest_text_tokens=int(store.longest_of_samples()[store.is_text].max(initial=0)),
-        has_validation=has_validation,
+        has_validation=bool(sources.validation),
         context_tokens=sizes.context_tokens,
         hidden_size=sizes.hidden_size,
         device_kind=device.kind,
@@ -167,7 +167,7 @@ def overview(job: Job, asked: Recipe) -> dict[str, Json]:
         f"template: {job.template}"
     )
     notes = [f"{count:,} samples: {note}" for note, count in job.notes.items()]
-    notes += job.findings
+    notes += [*_mixture(job), *job.findings]
     if asked.evaluate.early_stopping is not None and not len(split.validation):
         notes.append("evaluate.early_stopping has no effect: no rows are held out to validate on")
     most, counts = f"longer than {job.loader.max_length} tokens", split.counts
@@ -193,6 +193,19 @@ def overview(job: Job, asked: Recipe) -> dict[str, Json]:
         "auto": auto,
         "reasons": reasons,
     }
+
+
+def _mixture(job: Job) -> list[str]:
+    """What each of several sources gives to an epoch."""
+    shares = job.split.shares
+    if len(shares) < 2:
+        return []
+    total = sum(share.draws for share in shares)
+    parts = [
+        f"{label} {share.draws:,} of {share.size:,} ({100 * share.draws / total:.0f} %)"
+        for label, share in zip(job.labels, shares, strict=True)
+    ]
+    return [f"an epoch has {total:,} samples, {job.loader.mix}: {', '.join(parts)}"]
 
 
 LOOKED_AT_ROWS = 2000

@@ -91,7 +91,7 @@ def test_texts_that_are_left_to_the_tokenizer(backends: Callable[[str], Any]) ->
     assert not fast.can_encode(unicodedata.normalize("NFD", "é"))  # Qwen normalizes to NFC
     assert not fast.can_encode("\ufdd0|\ufdd0")  # the separator
     assert fast.encode([]) == []
-    assert [ids.tolist() for ids in fast.encode(["", "a", ""])][0] == []
+    assert [len(ids) for ids in fast.encode(["", "a", ""])] == [0, 1, 0]
 
 
 def test_tokenizers_without_a_proof_have_no_twin(backends: Callable[[str], Any]) -> None:

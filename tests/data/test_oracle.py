@@ -17,6 +17,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def _add_answer(chat: Chat, rng: random.Random, *, thinks: bool) -> None:
 def spell_as_text(chat: Chat) -> Chat:
     """What Llama 3.1 and DeepSeek-V3 have no place for, as text: a property of these templates.
 
-    Reasoning as a <think> block, calls as <tool_call> lines, results as <tool_response> of the user,
+    Reasoning as a <think> block, calls as <tool_call> lines, results as the user's <tool_response>,
     schemas at the end of the system message.
     """
     spelled = Chat(weights=list(chat.weights))
@@ -349,7 +350,7 @@ def test_qwen3_thinking_switch(load: Callable[[str], Any], is_on: bool) -> None:
 
 
 def test_qwen3_gives_every_answer_a_sequence(load: Callable[[str], Any]) -> None:
-    """Its template takes the thinking block out of earlier turns: no answer goes on from another."""
+    """Its template takes the thinking block out of earlier turns: no prompt goes on from them."""
     tokenizer = load("qwen3")
     chat = Chat()
     for number in range(3):
@@ -361,7 +362,7 @@ def test_qwen3_gives_every_answer_a_sequence(load: Callable[[str], Any]) -> None
     assert [len(sequence.runs) for sequence in sequences] == [1, 1, 1]
     expected = oracle(tokenizer, chat, ENDS["qwen3"])
     assert expected is not None
-    for (_, answer, _), (prompt, _, _) in zip(expected, expected[1:], strict=False):
+    for (_, answer, _), (prompt, _, _) in pairwise(expected):
         block = tokenizer("<think>\n\n</think>\n\n")["input_ids"]
         assert answer[: len(block)] == block
         assert block[0] not in prompt

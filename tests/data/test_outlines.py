@@ -231,9 +231,7 @@ def test_any_texts(
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "bytes"])
-@pytest.mark.parametrize(
-    "char", ["-", "=", "a", "1", "你", "...", "_"]
-)
+@pytest.mark.parametrize("char", ["-", "=", "a", "1", "你", "...", "_"])
 def test_runs_of_one_character_at_the_edges(
     named: Callable[[str], Any], name: str, char: str
 ) -> None:
@@ -374,6 +372,33 @@ TREATMENTS: dict[str, tuple[str, list[str]]] = {
         template("{% for c in m.content %}{% if c != 'Z' %}{{ c }}{% endif %}{% endfor %}"),
         ["aZb"],
     ),
+    "loop called on a text": (
+        template(
+            "{% for c in ['='] recursive %}{% if c != 'Z' %}{{ c }}{% endif %}"
+            "{% if loop.depth == 1 %}{{ loop(m.content) }}{% endif %}{% endfor %}"
+        ),
+        ["aZb"],
+    ),
+    "arguments out of a list": (
+        template("{{ m.content.replace(*words) }}", "{% set words = ['foo', 'bar'] %}"),
+        ["a foo b"],
+    ),
+    "unpacked characters": (
+        template(
+            "{% if m.content | length == 2 %}{% set a, b = m.content %}{{ b }}{% endif %}"
+            "{{ m.content }}"
+        ),
+        ["ab"],
+    ),
+    "method of a constant": (
+        template("{% if 'yes no'.startswith(m.content) %}!{% endif %}{{ m.content }}"),
+        ["yes"],
+    ),
+    "index of a constant": (
+        template("{{ {'yes': '1'}[m.content] or m.content }}"),
+        ["yes"],
+    ),
+    "date": (template("{{ strftime_now(m.content) }}"), ["%%", "a"]),
     "list of characters": (template("{{ m.content | list | reject('eq', 'Z') | join }}"), ["aZb"]),
     "reverse": (template("{{ m.content | reverse }}"), ["aba", "ab"]),
     "first character": (
@@ -429,9 +454,7 @@ TREATMENTS: dict[str, tuple[str, list[str]]] = {
         ["ax1"],
     ),
     "out of a block": (
-        template(
-            "{% set shown %}{{ m.content }}{% endset %}{% if 'x1' in shown %}!{% endif %}{{ shown }}"
-        ),
+        template("{% set s %}{{ m.content }}{% endset %}{% if 'x1' in s %}!{% endif %}{{ s }}"),
         ["ax1"],
     ),
     "block with a filter": (
@@ -477,7 +500,7 @@ TREATMENTS: dict[str, tuple[str, list[str]]] = {
     ),
     "chosen by text": (
         template(
-            "{{ messages | selectattr('content', 'equalto', 'yes') | list | length }}{{ m.content }}"
+            "{{ messages | selectattr('content', 'eq', 'yes') | list | length }}{{ m.content }}"
         ),
         ["yes"],
     ),

@@ -10,6 +10,7 @@ import pytest
 
 from conftest import CHATML, make_byte_tokenizer, make_rows
 from tunesmith.config.recipe import DataConfig, SourceConfig
+from tunesmith.data import plan
 from tunesmith.data.build import open_store
 from tunesmith.data.loader import Loader
 from tunesmith.data.plan import Split, make_split
@@ -319,11 +320,25 @@ def split_of(store: TokenStore, max_length: int = 10_000, **data: Any) -> Split:
 LONG_AND_SHORT = [chat("q", "a" * size) for size in (1, 5, 50, 5, 90)] + [chat("q" * 80, "a")]
 
 
-def test_overlong_samples_are_cut(store_of: Callable[..., TokenStore]) -> None:
+def test_overlong_samples_are_cut(
+    store_of: Callable[..., TokenStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "MOST_WITHOUT_ANSWER", 0.5)
     split = split_of(store_of(LONG_AND_SHORT), max_length=60)
     # The last one's answer begins beyond the limit: it has nothing left to learn.
     assert split.train.tolist() == [0, 1, 2, 3, 4]
     assert (split.counts.truncated, split.counts.dropped, split.counts.unsupervised) == (2, 0, 1)
+
+
+def test_many_prompts_beyond_the_limit_are_an_error(store_of: Callable[..., TokenStore]) -> None:
+    """One in a hundred is left out, more are not what was meant."""
+    rows = [chat("q" * 80, "a"), *[chat("q", f"a{number}") for number in range(99)]]
+    assert split_of(store_of(rows), max_length=60).counts.unsupervised == 1
+    with pytest.raises(DataError) as caught:
+        split_of(store_of([*rows, chat("q" * 81, "a")]), max_length=60)
+    assert (caught.value.code, caught.value.where) == ("data.overlong", "data.max_length")
+    assert "2 of 101 samples" in caught.value.found
+    assert "cut_left" in str(caught.value)
 
 
 def test_overlong_samples_are_dropped(store_of: Callable[..., TokenStore]) -> None:

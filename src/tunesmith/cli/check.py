@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import dropwhile
 from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from tunesmith.cli.console import ConsoleReporter, format_seconds, quiet_libraries
+from tunesmith.cli.check_view import show_cost, show_report
+from tunesmith.cli.console import ConsoleReporter, quiet_libraries
 from tunesmith.config.auto import auto_epochs
 from tunesmith.config.load import LoadedRecipe, load_recipe, recipe_with
 from tunesmith.data.check.checker import Dropped, check_sources
-from tunesmith.data.check.findings import ADVICE
-from tunesmith.data.check.fix import write_fixed
+from tunesmith.data.check.fix import Fixed, check_target, write_fixed
 from tunesmith.data.check.page import write_page
-from tunesmith.data.check.report import CheckReport
+from tunesmith.data.check.report import CheckReport, Cost, counted
 from tunesmith.data.sources import Sources, find_sources
 from tunesmith.data.templates import build_renderer
-from tunesmith.errors import MAX_PROBLEMS, RecipeError
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.job import LEARNABLE
 from tunesmith.model.device import find_device
 from tunesmith.model.load import find_model, load_config, load_tokenizer
-from tunesmith.model.memory import measure_config
+from tunesmith.model.memory import Sizes, measure_config
 from tunesmith.types import Json, Reporter
 
 DEFAULT_MODEL = "builtin:smollm2-135m"
-BAR_WIDTH = 40
 
 
 def run_check(
@@ -47,36 +44,34 @@ def run_check(
     quiet_libraries()
     reporter = ConsoleReporter(console)
     sources = find_sources(loaded.recipe.data, loaded.locate, reporter)
-    source = find_model(loaded.recipe.model, reporter, loaded.folder)
-    renderer, template = build_renderer(load_tokenizer(source), loaded.recipe.data, loaded.folder)
-    report, dropped = check_sources(
-        sources, renderer, reporter, max_length=_max_length(loaded, reporter)
-    )
-    report.template, report.tokenizer = template, source.label
-    if as_json:
-        typer.echo(json.dumps(report.as_json(), ensure_ascii=False, indent=1))
-    else:
-        show_report(console, report)
-        show_cost(console, report, loaded, reporter)
+    if fix:
+        check_target(Path(fix), sources.train)
+    report, dropped = _report(loaded, sources, reporter, is_recipe=_is_recipe(data))
     if html:
         write_page(report, Path(html))
-        console.print(f"page: {html}", highlight=False)
-    if fix:
-        _fix(console, sources, dropped, Path(fix))
-    elif report.findings.num_errors and not as_json:
-        console.print(
-            "try: --fix clean.jsonl writes a copy without unusable and duplicate rows, and a list "
-            "of what was left out",
-            highlight=False,
-        )
+    fixed = write_fixed(sources.train, dropped, Path(fix)) if fix else None
+    if as_json:
+        typer.echo(json.dumps(_as_json(report, fixed), ensure_ascii=False, indent=1))
+    else:
+        show_report(console, report)
+        show_cost(console, report)
+        is_default = loaded.recipe.model.id == DEFAULT_MODEL and not _is_recipe(data)
+        _show_next(console, report, sources, (fixed, html), is_default=is_default)
     if report.findings.num_errors and not fix:
         raise typer.Exit(2)
+
+
+def _is_recipe(data: Sequence[str]) -> bool:
+    return any(Path(text).suffix in (".yaml", ".yml") and "=" not in text for text in data)
 
 
 def load_data(
     data: Sequence[str], model: str | None = None, validation: str | None = None
 ) -> LoadedRecipe:
     """A recipe file, or a recipe around the data named; `key=value` overrides either.
+
+    For data without a recipe, keys of a source (`data.encoding`, `data.columns.prompt`) hold for
+    all data that is named, validation included.
 
     Raises:
         RecipeError: nothing to check is named.
@@ -85,129 +80,116 @@ def load_data(
     paths = [text for text in data if text not in overrides]
     if model:
         overrides.append(f"model={model}")
-    if validation:
-        overrides.append(f"data.validation={validation}")
-    if len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml"):
-        return load_recipe(paths[0], overrides)
     if not paths:
         raise RecipeError(
             "recipe.override", "command line", found="no data", expected="files, or a recipe"
         )
-    tree: dict[str, Json] = {
-        "model": DEFAULT_MODEL,
-        "data": {"train": list(paths), "validation": 0},
-    }
-    return recipe_with(tree, overrides)
+    if len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml"):
+        held_out = [f"data.validation={validation}"] if validation else []
+        return load_recipe(paths[0], overrides + held_out)
+    loaded = [recipe_with(_recipe_around(path), overrides) for path in paths]
+    update: dict[str, object] = {"train": [each.recipe.data.train[0] for each in loaded]}
+    if validation:
+        held_out = recipe_with(_recipe_around(validation), overrides)
+        update["validation"] = held_out.recipe.data.train
+    first = loaded[0]
+    recipe = first.recipe.model_copy(update={"data": first.recipe.data.model_copy(update=update)})
+    return LoadedRecipe(recipe, first.name, first.folder)
 
 
-def _max_length(loaded: LoadedRecipe, reporter: Reporter) -> int:
-    """The recipe's limit, or the model's context."""
-    wanted = loaded.recipe.data.max_length
-    if isinstance(wanted, int):
-        return wanted
-    config = load_config(find_model(loaded.recipe.model, reporter, loaded.folder))
-    return measure_config(config, loaded.recipe.method).context_tokens
+def _recipe_around(path: str) -> dict[str, Json]:
+    return {"model": DEFAULT_MODEL, "data": {"path": path}}
 
 
-def show_report(console: Console, report: CheckReport) -> None:
-    """Prints counts, the histogram, and the findings: the first in full, all by code."""
-    console.print(
-        f"{report.num_samples:,} samples, {report.num_tokens:,} tokens of {report.tokenizer}, "
-        f"{100 * report.supervised_share:.0f} % supervised; template: {report.template}",
-        highlight=False,
-    )
-    console.print(_overview(report))
-    show_histogram(console, report)
-    for note, count in report.notes.most_common():
-        console.print(f"note: {count:,} samples: {note}", highlight=False, markup=False)
-    for fact in report.facts:
-        console.print(f"note: {fact}", highlight=False, markup=False)
-    show_findings(console, report)
+def _report(
+    loaded: LoadedRecipe, sources: Sources, reporter: Reporter, *, is_recipe: bool
+) -> tuple[CheckReport, Dropped]:
+    recipe = loaded.recipe
+    source = find_model(recipe.model, reporter, loaded.folder)
+    renderer, template = build_renderer(load_tokenizer(source), recipe.data, loaded.folder)
+    sizes = measure_config(load_config(source), recipe.method)
+    wanted = recipe.data.max_length
+    try:
+        report, dropped = check_sources(
+            sources,
+            renderer,
+            reporter,
+            max_length=sizes.context_tokens if isinstance(wanted, str) else wanted,
+            overlong=recipe.data.overlong,
+            is_auto=isinstance(wanted, str),
+            # Without a recipe nobody has said what is to be learned.
+            kinds=LEARNABLE[recipe.objective.name] if is_recipe else (),
+        )
+    except DataError as error:
+        raise _with_hint(error, is_recipe=is_recipe) from error
+    report.template, report.tokenizer = template, source.label
+    report.cost = _cost(report, loaded, sizes)
+    return report, dropped
 
 
-def _overview(report: CheckReport) -> Table:
-    table = Table(show_header=False, title="Contents", title_justify="left")
-    for source in report.sources:
-        bad = f", [red]{source.unusable:,} unusable[/red]" if source.unusable else ""
-        files = f" in {source.files} files" if source.files > 1 else ""
-        table.add_row(escape(source.name), f"{source.samples:,} samples{files}{bad}")
-    for name, counter in (
-        ("kinds", report.kinds),
-        ("roles", report.roles),
-        ("answers in a sample", report.turns),
-        ("languages", report.languages),
-    ):
-        if counter:
-            shown = ", ".join(f"{key} {count:,}" for key, count in counter.most_common(8))
-            table.add_row(name, escape(shown))
-    shares = report.supervised_quantiles()
-    if shares:
-        shown = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
-        table.add_row("supervised of a sample", shown)
-    return table
+def _with_hint(error: DataError, *, is_recipe: bool) -> DataError:
+    """Says how to name an encoding where there is no recipe to write it into."""
+    if error.code != "data.encoding" or is_recipe or "gb18030" not in error.expected:
+        return error
+    hint = "the same command with data.encoding=gb18030 behind the file"
+    return DataError(error.problems, num_problems=error.num_problems, try_=hint)
 
 
-def show_histogram(console: Console, report: CheckReport) -> None:
-    """Bars of token lengths."""
-    bars = list(dropwhile(lambda bar: not bar[2], report.histogram()))
-    if not bars:
-        return
-    highest = max(count for _, _, count in bars)
-    quantiles = ", ".join(f"{name} {value:,}" for name, value in report.quantiles().items())
-    console.print(f"tokens of a sample ({quantiles}):", highlight=False)
-    for start, stop, count in bars:
-        length = round(8 * BAR_WIDTH * count / highest)
-        bar = "█" * (length // 8) + (" ▏▎▍▌▋▊▉"[length % 8] if length % 8 else "")
-        if count and not bar:
-            bar = "▏"
-        label = f"{start:>7,} to {stop - 1:>7,}"
-        console.print(f"{label} {bar} {count or ''}", highlight=False)
-
-
-def show_findings(console: Console, report: CheckReport) -> None:
-    """The first findings in full, errors before warnings, then totals by code."""
-    findings = report.findings
-    if not findings.counts:
-        console.print("[green]nothing wrong was found[/green]")
-        return
-    codes = sorted(findings.counts, key=lambda c: (not findings.is_error(c), -findings.counts[c]))
-    each = max(2, MAX_PROBLEMS // len(codes))
-    for code in codes:
-        for problem in findings.first[code][:each]:
-            console.print(str(problem), highlight=False, markup=False, soft_wrap=True)
-    table = Table("code", "rows", "", title="Findings", title_justify="left")
-    for code in codes:
-        color = "red" if findings.is_error(code) else "yellow"
-        advice = ADVICE.get(code, "cannot be trained on")
-        table.add_row(f"[{color}]{code}[/{color}]", f"{findings.counts[code]:,}", advice)
-    console.print(table)
-
-
-def show_cost(
-    console: Console, report: CheckReport, loaded: LoadedRecipe, reporter: Reporter
-) -> None:
-    """What a training on this data would take, roughly."""
+def _cost(report: CheckReport, loaded: LoadedRecipe, sizes: Sizes) -> Cost | None:
+    """What a training on this data would take, roughly: sources' weights are not looked at."""
+    if not report.training_tokens:
+        return None
     asked = loaded.recipe.train.epochs
-    epochs = auto_epochs(max(report.num_samples, 1))[0] if isinstance(asked, str) else asked
-    tokens = epochs * report.num_tokens
-    config = load_config(find_model(loaded.recipe.model, reporter, loaded.folder))
-    sizes, device = measure_config(config, loaded.recipe.method), find_device()
+    epochs = auto_epochs(report.training_samples)[0] if isinstance(asked, str) else asked
+    tokens = epochs * report.training_tokens
+    device = find_device()
     # 2 for the forward, 2 for the gradient of activations, 2 more for that of trained weights.
     work = (4 * sizes.num_parameters + 2 * sizes.num_trained) * tokens
-    rate = device.measure_flops()
-    if not report.num_tokens:
-        return
-    console.print(
-        f"training on it: {epochs} epochs, {tokens:,} tokens, very roughly "
-        f"{format_seconds(work / rate)} on this {device.kind} (`tunesmith plan` measures it)",
-        highlight=False,
-    )
+    return Cost(epochs, tokens, work / device.measure_flops(), device.kind)
 
 
-def _fix(console: Console, sources: Sources, dropped: Dropped, path: Path) -> None:
-    fixed = write_fixed(sources.train, dropped, path)
-    console.print(
-        f"{fixed.kept:,} rows kept: {fixed.path}; {fixed.dropped:,} left out, each with its "
-        f"reason: {fixed.list_path}",
-        highlight=False,
-    )
+def _as_json(report: CheckReport, fixed: Fixed | None) -> dict[str, Json]:
+    values = report.as_json()
+    if fixed is not None:
+        values["fixed"] = {
+            "kept": fixed.kept,
+            "dropped": fixed.dropped,
+            "path": str(fixed.path),
+            "list": str(fixed.list_path),
+        }
+    return values
+
+
+def _show_next(
+    console: Console,
+    report: CheckReport,
+    sources: Sources,
+    outputs: tuple[Fixed | None, str | None],
+    *,
+    is_default: bool,
+) -> None:
+    """What was written, and what to do next."""
+    fixed, html = outputs
+    if is_default:
+        console.print(
+            "tokens and time are those of the small built-in model: name yours with --model",
+            highlight=False,
+        )
+    if html:
+        console.print(f"page: {html}", highlight=False, soft_wrap=True)
+    if fixed:
+        kept, lost = counted(fixed.kept, "row"), counted(fixed.dropped, "row")
+        console.print(f"{kept} kept: {fixed.path}", highlight=False, soft_wrap=True)
+        console.print(f"{lost} left out, with reasons: {fixed.list_path}", highlight=False)
+    elif CLEANED & report.findings.counts.keys() or report.findings.num_errors:
+        suffix = sources.train[0].files[0].suffix.lower() if sources.train else ""
+        name = f"clean{suffix if suffix in ('.csv', '.xlsx') else '.jsonl'}"
+        console.print(
+            f"try: --fix {name} writes a copy without unusable and duplicate rows, and a list of "
+            "what was left out",
+            highlight=False,
+        )
+
+
+CLEANED = {"data.duplicate", "data.leak", "data.nothing-to-learn"}
+"""Findings whose rows --fix leaves out."""

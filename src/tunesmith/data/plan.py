@@ -130,6 +130,24 @@ def _require(samples: npt.NDArray[np.int64], where: str, max_length: int) -> Non
         )
 
 
+MOST_WITHOUT_ANSWER = 0.01
+"""Of the samples, so many may lose their whole answer to the length limit without an error."""
+
+
+def _check_cut_prompts(count: int, num_samples: int, max_length: int) -> None:
+    """Refuses to go on without more than a few of the rows: the limit is not what was meant."""
+    if count > MOST_WITHOUT_ANSWER * num_samples and count < num_samples:
+        found = (
+            f"{count:,} of {num_samples:,} samples whose prompt alone has {max_length} tokens "
+            "or more: nothing of the answer would be left"
+        )
+        raise DataError(
+            [Problem("data.max_length", "data.overlong", found, "at most 1 % of them")],
+            try_="raise data.max_length; data.overlong: cut_left keeps the answers, drop leaves "
+            "overlong rows out",
+        )
+
+
 def _usable(
     store: TokenStore, data: DataConfig, max_length: int
 ) -> tuple[npt.NDArray[np.int64], Counts]:
@@ -143,6 +161,7 @@ def _usable(
     is_cut = is_overlong & ~is_dropped & ~is_split
     first = store.first_supervised_of_samples()
     has_nothing = is_cut & (first >= max_length) & (data.overlong != "cut_left")
+    _check_cut_prompts(int(has_nothing.sum()), store.num_samples, max_length)
     keep = ~is_dropped & ~has_nothing
     counts = Counts(
         truncated=int((is_cut & keep).sum()),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import AddedToken
 
 from tunesmith.data.templates import Segment, unroll
 from tunesmith.data.templates.guard import GUARD
-from tunesmith.data.templates.skeleton import added_tokens
 from tunesmith.types import BackendTokenizer, Encoding, Span
 
 Run = tuple[int, int, float]
@@ -36,8 +38,7 @@ class Encoder:
     def __init__(self, backend: BackendTokenizer) -> None:
         self.backend = backend
         self._as_text: BackendTokenizer | None = None
-        tokens = sorted(added_tokens(backend), key=len, reverse=True)
-        self._tokens = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+        self._tokens = _pattern_of_tokens(backend)
 
     def encode(
         self, samples: Sequence[list[Segment]], prompt_weight: float = 0.0
@@ -68,34 +69,34 @@ class Encoder:
         """Encodes texts; what a guard marks is encoded as plain text."""
         if not any(GUARD in text for text in texts):
             return self.backend.encode_batch(list(texts), add_special_tokens=False)
-        return [
-            self._encode_guarded(text)
-            if GUARD in text
-            else self.backend.encode_batch([text], add_special_tokens=False)[0]
-            for text in texts
-        ]
+        plain = [text for text in texts if GUARD not in text]
+        encodings = iter(self.backend.encode_batch(plain, add_special_tokens=False))
+        return [self._encode_guarded(t) if GUARD in t else next(encodings) for t in texts]
 
     def _encode_guarded(self, text: str) -> Encoding:
-        ids: list[int] = []
-        offsets: list[tuple[int, int]] = []
-        at, stop = 0, 0
+        whole = PlainEncoding([], [])
+        stop = 0
         for token in [*self._tokens.finditer(text), None]:
             start = token.start() if token else len(text)
             between = text[stop:start].replace(GUARD, "")
-            for backend, piece in ((self._plain(), between), (self.backend, token and token[0])):
-                if piece:
-                    encoding = backend.encode_batch([piece], add_special_tokens=False)[0]
-                    ids += encoding.ids
-                    offsets += [(at + first, at + last) for first, last in encoding.offsets]
-                    at += len(piece)
-            stop = token.end() if token else stop
-        return PlainEncoding(ids, offsets)
+            if between and not whole.ids:
+                whole.add(_encode_one(self._plain(), between))
+            elif between:
+                # Some tokenizers put a space before a text's first word only: this is not first.
+                whole.add(_encode_one(self._plain(), GUARD + between), skipped=1)
+            if token:
+                whole.add(_encode_one(self.backend, token[0]), length=len(token[0]))
+                stop = token.end()
+        return whole
 
     def _plain(self) -> BackendTokenizer:
-        """The same tokenizer, for which special tokens are text like any other."""
+        """The same tokenizer, for which all added tokens are text, but the guard is a token."""
         if self._as_text is None:
-            self._as_text = self.backend.from_str(self.backend.to_str())
-            self._as_text.encode_special_tokens = True
+            tree = json.loads(self.backend.to_str())
+            tree["added_tokens"] = []
+            as_text: Any = self.backend.from_str(json.dumps(tree, ensure_ascii=False))
+            as_text.add_tokens([AddedToken(GUARD, normalized=False, special=False)])
+            self._as_text = cast("BackendTokenizer", as_text)
         return self._as_text
 
     def _encode_apart(self, segments: Sequence[Segment]) -> list[list[TokenSequence]]:
@@ -122,6 +123,41 @@ class PlainEncoding:
 
     ids: list[int]
     offsets: list[tuple[int, int]]
+    length: int = 0
+    """Characters so far."""
+
+    def add(self, part: Encoding, *, skipped: int = 0, length: int | None = None) -> None:
+        """Goes on with a part, without its first `skipped` tokens of one character each.
+
+        Args:
+            part: the tokens of the text that follows.
+            skipped: how many to leave out.
+            length: characters of that text; by default as far as its last token reaches.
+        """
+        at = self.length - skipped
+        self.ids += part.ids[skipped:]
+        self.offsets += [(at + first, at + last) for first, last in part.offsets[skipped:]]
+        self.length = at + (part.offsets[-1][1] if length is None else length)
+
+
+def _encode_one(backend: BackendTokenizer, text: str) -> Encoding:
+    return backend.encode_batch([text], add_special_tokens=False)[0]
+
+
+def _pattern_of_tokens(backend: BackendTokenizer) -> re.Pattern[str]:
+    """Finds added tokens, the longest first, with the white space that some take along."""
+    tokens = sorted(
+        backend.get_added_tokens_decoder().values(), key=lambda t: len(t.content), reverse=True
+    )
+    return re.compile(
+        "|".join(
+            (r"\s*" if token.lstrip else "")
+            + re.escape(token.content)
+            + (r"\s*" if token.rstrip else "")
+            for token in tokens
+        )
+        or "(?!)"
+    )
 
 
 def find_runs(segment: Segment, encoding: Encoding) -> tuple[Run, ...] | None:

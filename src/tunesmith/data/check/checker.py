@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from tunesmith.data.build import LARGE_BYTES, SPOKEN, read_sources
 from tunesmith.data.check.columns_guess import looks_swapped
@@ -31,6 +32,9 @@ MAX_PAIRS = 20_000
 
 KEPT_CHARACTERS = 1_000
 """Of a kept text so many at either end."""
+
+LANGUAGE_CHARACTERS = 1_000
+"""So much of a sample tells its language."""
 
 FEW_ROWS = 50
 IMBALANCE = 10
@@ -199,7 +203,9 @@ class Checker:
 
     def _count(self, sample: Sample, texts: Texts) -> None:
         report = self.report
-        report.languages[detect_language(texts.spoken) or "too short to tell"] += 1
+        report.languages[
+            detect_language(texts.spoken[:LANGUAGE_CHARACTERS]) or "too short to tell"
+        ] += 1
         inner = sample.conversation if isinstance(sample, Rated) else sample
         if isinstance(inner, Conversation):
             roles = Counter[str](message.role for message in inner.messages)
@@ -253,9 +259,11 @@ class Checker:
     def finish(self) -> None:
         """Looks at all samples together."""
         report = self.report
-        report.lengths = np.asarray(self.lengths, dtype=np.int64)
-        report.supervised = np.asarray(self.supervised, dtype=np.int64)
-        self._fit_texts()
+        lengths = np.asarray(self.lengths, dtype=np.int64)
+        self._fit_texts(lengths)
+        # A sample of which nothing is learned has no tokens.
+        report.lengths = lengths[lengths > 0]
+        report.supervised = np.asarray(self.supervised, dtype=np.int64)[lengths > 0]
         self._find_copies()
         self._look_at_columns()
         num_answered = report.num_samples - report.kinds["Text"]
@@ -263,8 +271,9 @@ class Checker:
             found = counted(num_answered, "sample")
             self._say("data.few-rows", found, f"at least {FEW_ROWS}")
 
-    def _fit_texts(self) -> None:
-        lengths = self.report.lengths[np.asarray(self.texts, dtype=np.int64)]
+    def _fit_texts(self, lengths: npt.NDArray[np.int64]) -> None:
+        """Says what becomes of overlong raw texts."""
+        lengths = lengths[np.asarray(self.texts, dtype=np.int64)]
         longest = int(lengths.max(initial=0))
         most = self.limit.for_text(self.longest_answer, longest)
         if most is None or longest <= most:
@@ -347,12 +356,16 @@ class Checker:
         more = f" and {len(labels.counts) - 8:,} more" if len(labels.counts) > 8 else ""
         part = f" (of {len(answers):,} rows looked at)" if self.pairs.step > 1 else ""
         self.report.facts.append(f"looks like classification: {shown}{more}{part}")
-        expected = "labels of similar number"
-        if min(labels.counts.values()) * IMBALANCE < max(labels.counts.values()):
-            self._say("data.label-imbalance", f"{shown}{more}", expected)
-        elif labels.variants:
+        found = [f"{shown}{more}"]
+        if labels.variants:
             spellings = " or ".join(map(repr, labels.variants[0]))
-            self._say("data.label-imbalance", f"one label spelled {spellings}", "one spelling")
+            found.append(f"one label spelled {spellings}")
+        if (
+            labels.variants
+            or min(labels.counts.values()) * IMBALANCE < labels.counts[labels.largest_label]
+        ):
+            expected = "labels of similar number, each spelled in one way"
+            self._say("data.label-imbalance", "; ".join(found), expected)
 
     def _describe_completions(self, prompts: list[str], answers: list[str]) -> None:
         """What OpenAI's old prepare_data asked about, as facts: templates mark where texts end."""

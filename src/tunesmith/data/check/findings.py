@@ -35,9 +35,19 @@ ADVICE = {
 """Findings that do not stop a training, and what each means, in a few words."""
 
 OF_ALL_ROWS = frozenset(
-    ("data.label-imbalance", "data.swapped", "data.few-rows", "data.same-prompt", "data.same-answer")
+    (
+        "data.label-imbalance",
+        "data.swapped",
+        "data.few-rows",
+        "data.same-prompt",
+        "data.same-answer",
+    )
 )
 """Findings about the data as a whole, not about single rows."""
+
+
+MAX_ALIKE = 4
+"""Warnings of one code that are shown in full."""
 
 
 @dataclass
@@ -63,11 +73,19 @@ class Findings:
         return sorted(self.counts, key=lambda code: (not self.is_error(code), -self.counts[code]))
 
     def examples(self, most: int = MAX_PROBLEMS) -> list[Problem]:
-        """The first findings of every code, at most `most` in all, shared out among the codes."""
+        """The first findings of every code, at most `most` in all, shared out among the codes.
+
+        Errors fill the list; of warnings a few of a kind are enough.
+        """
         codes = self.codes()[:most]
         shares = dict.fromkeys(codes, 0)
         while most > 0:
-            open_codes = [code for code in codes if shares[code] < len(self.first[code])]
+            open_codes = [
+                code
+                for code in codes
+                if shares[code] < len(self.first[code])
+                and (self.is_error(code) or shares[code] < MAX_ALIKE)
+            ]
             if not open_codes:
                 break
             for code in open_codes[:most]:

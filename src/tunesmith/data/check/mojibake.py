@@ -36,6 +36,7 @@ _TELLTALES: Final = frozenset(
     for following in (*range(0xE2, 0xEA), 0xEF)
 ) | {"涓€"}  # 一: Windows shows the byte 0x80 as the euro sign
 _GBK_TELLTALES: Final = re.compile("|".join(sorted(pair for pair in _TELLTALES if len(pair) == 2)))
+_ACCENTED: Final = re.compile("[\xa1-\xff]")
 _GBK_AS_LATIN1: Final = re.compile("[¡-ÿ]{4,}")
 _LOST: Final = re.compile(
     "\ufffd+|ï»¿|锘[縍\ue000-\uf8ff]?|锟斤拷|锟斤|(?:烫){3,}|(?:屯){4,}|(?<=.)\ufeff", re.DOTALL
@@ -61,11 +62,12 @@ def find_mojibake(text: str) -> str | None:
         return found.group()
     if text.isascii():
         return _first(_CONTROL, text)
+    has_accents = _ACCENTED.search(text) is not None
     return (
-        _utf8_as_cp1252(text)
+        (_utf8_as_cp1252(text) if has_accents else None)
         or _first(_CONTROL, text)
         or _utf8_as_gbk(text)
-        or _gbk_as_latin1(text)
+        or (_gbk_as_latin1(text) if has_accents else None)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -139,11 +139,77 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def spoken_time(seconds: float) -> str:
+    """A rough time in the unit that fits."""
+    for name, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= 1.5 * length:
+            return counted(round(seconds / length), name)
+    return counted(max(1, round(seconds / 10) * 10 if seconds > 20 else round(seconds)), "second")
+
+
+PLURALS = {
+    "Conversation": "conversations",
+    "Completion": "prompts with completions",
+    "Text": "raw texts",
+    "Preference": "preference pairs",
+    "Rated": "rated answers",
+}
+
+
+def contents(report: CheckReport) -> list[tuple[str, str]]:
+    """What is in the data, as (name, text) to be shown in a row each."""
+    rows: list[tuple[str, str]] = []
+    if len(report.kinds) > 1 or not report.roles:
+        rows.append(("kinds", _listed({PLURALS[kind]: n for kind, n in report.kinds.items()})))
+    if report.roles:
+        rows.append(("roles", _listed(report.roles) + _absent(report)))
+        rows.append(("messages", _spread(report.messages, "message")))
+    if set(report.turns) - {1}:
+        rows.append(("answers", _spread(report.turns, "answer")))
+    rows.append(("languages", _listed(report.languages)))
+    if report.supervised_share < 1 and len(report.lengths):
+        rows.append(("supervised", f"{named(report.learned_quantiles())} tokens of a sample"))
+        shares = {name: f"{share:.0%}" for name, share in report.supervised_quantiles().items()}
+        rows.append(("", ", ".join(f"{k} {v}" for k, v in shares.items()) + " of its tokens"))
+    return [(name, text) for name, text in rows if text]
+
+
+def _absent(report: CheckReport) -> str:
+    """What some conversations lack; no system message anywhere is no surprise."""
+    lacking = {
+        noun: report.without[role]
+        for role, noun in (("system", "a system message"), ("user", "a question"))
+        if report.roles[role] and report.without[role]
+    }
+    return "".join(f"; {counted(n, 'sample')} without {noun}" for noun, n in lacking.items())
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    ranked = Counter(counts).most_common()
+    shown = ", ".join(f"{name} {count:,}" for name, count in ranked[:8])
+    return f"{shown} and {len(ranked) - 8} more" if len(ranked) > 8 else shown
+
+
+def named(numbers: Mapping[str, int]) -> str:
+    """Numbers behind their names."""
+    return ", ".join(f"{name} {number:,}" for name, number in numbers.items())
+
+
+def _spread(counts: Counter[int], noun: str) -> str:
+    """How many samples have how many of something, the commonest numbers first."""
+    ranked = counts.most_common()
+    if len(ranked) == 1:
+        return f"{counted(ranked[0][0], noun)} in each sample"
+    shown = ", ".join(f"{number} in {count:,}" for number, count in sorted(ranked[:6]))
+    longest = f", at most {max(counts)}" if len(ranked) > 6 else ""
+    return f"{shown} samples{longest}"
+
+
 def quantiles(values: npt.NDArray[np.int64]) -> dict[str, int]:
     """Where most values lie, and the mean; empty without values."""
     if not len(values):
         return {}
-    names = {"shortest": 0, "p5": 5, "median": 50, "p95": 95, "longest": 100}
+    names = {"p5": 5, "median": 50, "p95": 95, "longest": 100}
     found = {name: int(np.percentile(values, share)) for name, share in names.items()}
     return {**found, "mean": round(float(values.mean()))}
 
@@ -151,20 +217,25 @@ def quantiles(values: npt.NDArray[np.int64]) -> dict[str, int]:
 def histogram(
     values: Sequence[int] | npt.NDArray[np.int64], num_bars: int = NUM_BARS
 ) -> list[tuple[int, int, int]]:
-    """Bars of equal width in steps of 1, 2 or 5 times a power of ten, the last one open."""
+    """Bars of equal width in steps of 1, 2 or 5 times a power of ten; outliers are in the outer ones.
+
+    A few very short or long samples would squeeze all others into one bar.
+    """
     if not len(values):
         return []
     array = np.asarray(values)
-    # A few very long samples would squeeze all others into one bar: they share the last one.
-    low, usual, high = np.percentile(array, (5, 95, 99), method="lower").tolist()
-    top = max(min(high, usual + 2 * (usual - low)) * 1.1, 10.0)
-    rough = top / num_bars
-    power = 10 ** int(np.floor(np.log10(max(rough, 1))))
+    least, low, usual, high, most = np.percentile(
+        array, (0, 5, 95, 99, 100), method="lower"
+    ).tolist()
+    bottom = max(least, low - 2 * (usual - low))
+    top = max(min(high, usual + 2 * (usual - low)), bottom)
+    rough = max((top - bottom) / num_bars, 1)
+    power = 10 ** int(np.floor(np.log10(rough)))
     width = next(int(step * power) for step in (1, 2, 5, 10) if step * power >= rough)
-    edges = [width * index for index in range(int(top // width) + 1)]
-    places = np.minimum(array // width, len(edges) - 1)
-    counts = np.bincount(places, minlength=len(edges))
-    stops = [*edges[1:], max(int(array.max()) + 1, edges[-1] + width)]
-    return [
-        (start, stop, int(count)) for start, stop, count in zip(edges, stops, counts, strict=True)
-    ]
+    first, last = int(bottom // width), int(top // width)
+    places = np.clip(array // width, first, last) - first
+    counts = np.bincount(places, minlength=last - first + 1).tolist()
+    starts = [width * index for index in range(first, last + 1)]
+    stops = [*starts[1:], max(int(most) + 1, width * (last + 1))]
+    starts[0] = min(starts[0], int(least))
+    return list(zip(starts, stops, counts, strict=True))

@@ -54,25 +54,31 @@ def find_secrets(text: str) -> list[tuple[str, str]]:
     not in the list, data split by other signs. Addresses at example.com and other made-up domains
     are left out. About one in ten random 16-digit numbers with a card's prefix passes for a card.
     """
-    if not _may_hold_any(text):
-        return []
     found: list[tuple[int, str, str]] = []
-    for kind, pattern, is_real in _DETECTORS:
-        found += [
-            (match.start(), kind, _masked(match.group(), kind))
-            for match in pattern.finditer(text)
-            if is_real(match.group())
-        ]
+    for kind, may_hold, pattern, is_real in _DETECTORS:
+        if may_hold(text):
+            found += [
+                (match.start(), kind, _masked(match.group(), kind))
+                for match in pattern.finditer(text)
+                if is_real(match.group())
+            ]
     return [(kind, excerpt) for _, kind, excerpt in sorted(found)]
 
 
-_TRACE: Final = re.compile(
-    r"@|\d{4}|-----BEGIN|sk-|hf_|_pat|glpat|xox|eyJ|AKI|LTAI|AIza|gh[pousr]_"
+# Looking for a plain piece first is ten times faster than the pattern itself.
+_KEY_TRACES: Final = (
+    *("sk-", "AKIA", "ASIA", "LTAI", "AKID", "AIza", "github_pat_", "glpat-", "hf_", "xox", "eyJ"),
+    *("ghp_", "gho_", "ghu_", "ghs_", "ghr_"),
 )
+_DIGITS: Final = re.compile(r"\d{4}[ -]?\d{4}")
 
 
-def _may_hold_any(text: str) -> bool:
-    return _TRACE.search(text) is not None
+def _may_hold_key(text: str) -> bool:
+    return any(trace in text for trace in _KEY_TRACES)
+
+
+def _may_hold_number(text: str) -> bool:
+    return _DIGITS.search(text) is not None
 
 
 def _masked(secret: str, kind: str) -> str:
@@ -121,11 +127,12 @@ def _is_any(_: str) -> bool:
     return True
 
 
-_DETECTORS: Final[tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...]] = (
-    ("private_key", _PRIVATE_KEY, _is_any),
-    ("api_key", _API_KEY, lambda key: len(set(key)) > 8),  # not sk-xxxxxxxx
-    ("email", _EMAIL, _is_used_domain),
-    ("id_card", _ID_CARD, _is_id_card),
-    ("bank_card", _BANK_CARD, _is_bank_card),
-    ("mobile_number", _MOBILE, _is_mobile),
+_Test = Callable[[str], bool]
+_DETECTORS: Final[tuple[tuple[str, _Test, re.Pattern[str], _Test], ...]] = (
+    ("private_key", lambda text: "-----BEGIN" in text, _PRIVATE_KEY, _is_any),
+    ("api_key", _may_hold_key, _API_KEY, lambda key: len(set(key)) > 8),  # not sk-xxxxxxxx
+    ("email", lambda text: "@" in text, _EMAIL, _is_used_domain),
+    ("id_card", _may_hold_number, _ID_CARD, _is_id_card),
+    ("bank_card", _may_hold_number, _BANK_CARD, _is_bank_card),
+    ("mobile_number", _may_hold_number, _MOBILE, _is_mobile),
 )

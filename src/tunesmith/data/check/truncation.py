@@ -89,7 +89,7 @@ def _open_fence(text: str) -> str | None:
 
 
 def _unfinished_prose(text: str) -> str | None:
-    if _letters(text) < _MIN_LETTERS:
+    if len(text) < _MIN_LETTERS and _letters(text) < _MIN_LETTERS:
         return None
     line = text[text.rfind("\n") + 1 :].strip()
     if _MIDWAY.search(line):

@@ -19,7 +19,7 @@ from types import BuiltinMethodType, MethodType
 from typing import Any, cast
 
 from jinja2 import nodes
-from jinja2.runtime import LoopContext, Macro, Undefined
+from jinja2.runtime import Macro, Undefined
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
@@ -39,14 +39,18 @@ COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 SEARCHES = frozenset(
-    ("split", "rsplit", "partition", "rpartition", "replace", "find", "rfind", "count")
-    + ("removeprefix", "removesuffix")
+    (
+        *("split", "rsplit", "partition", "rpartition", "replace", "find", "rfind", "count"),
+        *("removeprefix", "removesuffix"),
+    )
 )
 """Methods of a text that do the same to every text without their first argument in it."""
 
 TYPE_TESTS = frozenset(
-    ("defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "boolean")
-    + ("integer", "float", "number", "callable", "true", "false")
+    (
+        *("defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "boolean"),
+        *("integer", "float", "number", "callable", "true", "false"),
+    )
 )
 SHAPE_FILTERS = frozenset(("length", "count", "list", "first", "last", "reverse", "items", "join"))
 """Filters of lists that do not look at what is in them."""
@@ -163,13 +167,13 @@ class _Rewriter(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.iter = _call(look, node.iter)
+        node.iter = _call(look, cast("nodes.Expr", node.iter))
         return node
 
     def visit_Assign(self, node: nodes.Assign) -> nodes.Node:
         self.generic_visit(node)
         if isinstance(node.target, nodes.Tuple):
-            node.node = _call(look, node.node)
+            node.node = _call(look, cast("nodes.Expr", node.node))
         return node
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
@@ -266,10 +270,8 @@ def callee(function: Any, arguments: list[Any]) -> Any:
     """A function that is about to be called: macros are watched themselves."""
     if isinstance(function, MethodType | BuiltinMethodType):
         look_through(function.__self__)
-    is_open = isinstance(function, Macro | LoopContext) or (
-        isinstance(function, type) and issubclass(function, Namespace)
-    )
-    if not is_open:
+    is_namespace = isinstance(function, type) and issubclass(function, Namespace)
+    if not isinstance(function, Macro) and not is_namespace:
         look_through(arguments)
     return function
 
