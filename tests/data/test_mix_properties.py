@@ -1,4 +1,4 @@
-"""Order, mixing, steps and packing together: a Loader loses and doubles nothing, whatever the sizes."""
+"""Order, mixing, steps and packing together: a Loader loses and doubles nothing."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,76 +131,75 @@ def test_ordinary_chats_take_the_short_way(named: Callable[[str], Any], name: st
 
 # Any texts at all
 
-PIECES = st.sampled_from(
-    [
-        *(
-            "a",
-            "Hello",
-            " ",
-            "  ",
-            "\n",
-            "\n\n",
-            "\t",
-            "\r\n",
-            "。",
-            "，",
-            "你好",
-            "🙂",
-            "👩‍👧",
-            "1",
-            "123",
-        ),
-        *(
-            "'",
-            "'s",
-            "'ll",
-            '"',
-            '"""',
-            "-",
-            "-" * 30,
-            "=" * 50,
-            ".",
-            "...",
-            "!",
-            ")",
-            "(",
-            "{{",
-            "%s",
-        ),
-        *(
-            "e\u0301",
-            "\u0301",
-            "\u1161",
-            "\u1100",
-            "\u3099",
-            "\u09be",
-            "\u200d",
-            "\ufeff",
-            "\u00a0",
-        ),
-        *("<think>", "</think>", "<tool_call>", "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<"),
-        *(
-            "<｜end▁of▁sentence｜>",
-            "<tool_response>",
-            "</tool_response>",
-            "system",
-            "user",
-            "\ufdd0",
-        ),
-        *(
-            "\ue000",
-            "\ue0000\ue001",
-            "\U000f0000",
-            "\x00",
-            "\x1c",
-            "\x85",
-            "\u2028",
-            "ｱ",
-            "ﬁ",
-            "😀" * 30,
-        ),
-    ]
-)
+ANY = [
+    *(
+        "a",
+        "Hello",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "。",
+        "，",
+        "你好",
+        "🙂",
+        "👩‍👧",
+        "1",
+        "123",
+    ),
+    *(
+        "'",
+        "'s",
+        "'ll",
+        '"',
+        '"""',
+        "-",
+        "-" * 30,
+        "=" * 50,
+        ".",
+        "...",
+        "!",
+        ")",
+        "(",
+        "{{",
+        "%s",
+    ),
+    *(
+        "e\u0301",
+        "\u0301",
+        "\u1161",
+        "\u1100",
+        "\u3099",
+        "\u09be",
+        "\u200d",
+        "\ufeff",
+        "\u00a0",
+    ),
+    *("<think>", "</think>", "<tool_call>", "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<"),
+    *(
+        "<｜end▁of▁sentence｜>",
+        "<tool_response>",
+        "</tool_response>",
+        "system",
+        "user",
+        "\ufdd0",
+    ),
+    *(
+        "\ue000",
+        "\ue0000\ue001",
+        "\U000f0000",
+        "\x00",
+        "\x1c",
+        "\x85",
+        "\u2028",
+        "ｱ",
+        "ﬁ",
+        "😀" * 30,
+    ),
+]
+PIECES = st.sampled_from(ANY)
 TEXTS = st.one_of(
     st.lists(PIECES, max_size=8).map("".join),
     st.text(max_size=12).filter(lambda text: not any("\ud800" <= c <= "\udfff" for c in text)),
@@ -228,6 +228,25 @@ def test_any_texts(
     ]
     results, _ = short_way(tokenizer, samples)
     require_same(results, long_way(tokenizer, samples))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1"])
+def test_large_data_is_encoded_alike(named: Callable[[str], Any], name: str) -> None:
+    """Much data pays for a faster tokenizer (`byte_bpe.py`), used in several threads."""
+    tokenizer = named(name)
+    rng = random.Random(name)
+
+    def text() -> str:
+        inside = "".join(rng.choices(ANY, k=rng.randrange(5)))
+        return f"{rng.choice('aé你🙂(1')}{inside}{rng.choice('.z。1')}"
+
+    samples = [chat(*(text() for _ in range(2 * turns))) for turns in (1, 2, 3) for _ in range(500)]
+    pipeline = Pipeline(Renderer(tokenizer), is_large=True)
+    assert pipeline.outlines.byte_bpe is not None
+    batches = list(pipeline.run((0, sample) for sample in samples))
+    results = [result for batch in batches for _, _, result in batch]
+    require_same(results, long_way(tokenizer, samples))
+    assert sum(len(batch.outlines) for batch in batches) > 300
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "bytes"])
@@ -531,6 +550,50 @@ TREATMENTS: dict[str, tuple[str, list[str]]] = {
         ),
         ["c|d"],
     ),
+    "not empty": (
+        template("{% if m.content | length > 0 %}{{ m.content }}{% endif %}"),
+        ["", " ", "a"],
+    ),
+    "by role": (
+        template(
+            "{% set asked = messages | selectattr('role', 'equalto', 'user') | list | length %}"
+            "{% set roles = messages | map(attribute='role') | join(' ') %}"
+            "{{ m.content if asked and 'tool' not in roles }}"
+        ),
+        ["a"],
+    ),
+    "keys": (
+        template(
+            "{% if 'content' in m and m.get('content') is string and m != none %}{{ m.content }}"
+            "{% endif %}{{ '.' if '' in m.content else '!' }}{{ ['', m.content] | join('') }};"
+            "{{ ''.join([m.content]) }}:{{ m.content | string | default('no') }}"
+        ),
+        ["a", "content"],
+    ),
+    "chosen by what is no key": (
+        template("{{ ['a'] | selectattr('role') | list | length }}{{ m.content }}"),
+        ["a"],
+    ),
+    "chosen from texts": (
+        template("{{ [m.content] | selectattr('role') | list | length }}{{ m.content }}"),
+        ["a"],
+    ),
+    "the text itself": (
+        template("{% if m.content is sameas m.content %}{{ m.content }}{% endif %}"),
+        ["a"],
+    ),
+    "no text": (
+        template("{% if m.content is sameas none or m.content is divisibleby 2 %}{% endif %}"),
+        ["a"],
+    ),
+    "as large as": (template("{% if m.content is gt 'b' %}!{% endif %}{{ m.content }}"), ["c"]),
+    "in a number": (template("{% if m.content in 5 %}!{% endif %}{{ m.content }}"), ["c"]),
+    "two messages alike": (
+        template("{% if m == {'role': 'user', 'content': 'a'} %}!{% endif %}{{ m.content }}"),
+        ["a"],
+    ),
+    "a text joins": (template("{{ m.content.join(['a', 'b']) }}"), [" ", "c"]),
+    "a text searched for": (template("{{ m.content.find(m.content) }}{{ m.content }}"), ["c"]),
     "urlize": (template("{{ m.content | urlize }}"), ["http://example.com"]),
     "as written": (template("{{ [m.content] }}"), ["a", "'"]),
     "times": (template("{{ m.content * 2 }}"), ["a"]),
@@ -558,10 +621,78 @@ def test_texts_that_a_template_treats(name: str, monkeypatch: pytest.MonkeyPatch
     require_same(results, expected)
 
 
+LETTERS = st.sampled_from(["a", "b", "x", "ab", "A", " ", ""])
+
+
+def grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    """Expressions around expressions; `c(...)` are conditions."""
+    conditions = st.one_of(
+        st.builds("'{}' in {}".format, LETTERS, inner),
+        st.builds("{} in ['{}', 'ab']".format, inner, LETTERS),
+        st.builds("{} == '{}'".format, inner, LETTERS),
+        st.builds("{} != {}".format, inner, inner),
+        st.builds("{}.startswith('{}')".format, inner, LETTERS),
+        st.builds("{} | length > {}".format, inner, st.integers(0, 3)),
+        st.builds("{} is equalto '{}'".format, inner, LETTERS),
+        st.builds("{} is upper".format, inner),
+        st.builds("{}".format, inner),
+    )
+    return st.one_of(
+        st.builds("({} | trim)".format, inner),
+        st.builds("{}.strip('{}x')".format, inner, LETTERS),
+        st.builds("({} + '{}')".format, inner, LETTERS),
+        st.builds("('{}' ~ {})".format, LETTERS, inner),
+        st.builds("({} ~ {})".format, inner, inner),
+        st.builds("{}.replace('{}b', 'y')".format, inner, LETTERS),
+        st.builds("{}.split('x{}')[{}]".format, inner, LETTERS, st.sampled_from([0, -1])),
+        st.builds("({} | upper)".format, inner),
+        st.builds("{}[{}:]".format, inner, st.integers(0, 2)),
+        st.builds("show({})".format, inner),
+        st.builds("([{}, 'a'] | join)".format, inner),
+        st.builds("({} if {} else {})".format, inner, conditions, inner),
+    )
+
+
+EXPRESSIONS = st.recursive(
+    st.sampled_from(["m.content", "m['content']", "(m.content | trim)", "messages[0].content"]),
+    grow,
+    max_leaves=5,
+)
+FEW_LETTERS = st.text(alphabet="abxA ", min_size=1, max_size=4)
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(EXPRESSIONS, st.lists(FEW_LETTERS, min_size=4, max_size=12))
+def test_any_templates(expression: str, texts: list[str]) -> None:
+    """The watch never lets a text through that a template treats, whatever the template."""
+    tokenizer = make_byte_tokenizer()
+    macro = "{% macro show(t) %}{% if 'x' in t %}!{% endif %}{{ t }}{% endmacro %}"
+    tokenizer.chat_template = template("{{ " + expression + " }}", macro)
+    samples = [chat("good morning", "fine thanks")]
+    samples += [chat(one, other) for one in texts for other in texts]
+    pipeline = Pipeline(Renderer(tokenizer))
+    batches = list(pipeline.run((0, sample) for sample in samples))
+    for sample, result in zip(samples, [r for b in batches for _, _, r in b], strict=True):
+        segments = pipeline.renderer.render(sample)
+        if isinstance(segments, Problem):
+            assert result == segments
+        else:
+            require_same([result], pipeline.encoder.encode([segments]))
+
+
 EASY = (
     *("trim", "strip characters", "strip in a variable", "in", "in, key", "not in", "in a list"),
     *("in, by a variable", "equal", "startswith", "endswith", "split", "replace", "replace method"),
-    *("test equalto", "through a macro", "out of a macro", "through a namespace", "count"),
+    *(
+        "not empty",
+        "by role",
+        "keys",
+        "test equalto",
+        "through a macro",
+        "out of a macro",
+        "through a namespace",
+        "count",
+    ),
 )
 
 
@@ -573,6 +704,20 @@ def test_other_texts_take_the_short_way(name: str, monkeypatch: pytest.MonkeyPat
     results, count = short_way(tokenizer, samples)
     require_same(results, long_way(tokenizer, samples))
     assert count == 10
+
+
+def test_a_template_too_deep_to_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RecursionError
+
+    monkeypatch.setattr("tunesmith.data.templates.watch.WatchedTemplate", fail)
+    tokenizer = make_byte_tokenizer()
+    renderer = Renderer(tokenizer)
+    assert renderer.skeletons is None
+    assert renderer.find_skeleton(chat("a", "b")) is None
+    pipeline = Pipeline(renderer)
+    ((batch),) = pipeline.run([(0, chat("a", "b"))])
+    require_same([result for _, _, result in batch], long_way(tokenizer, [chat("a", "b")]))
 
 
 def test_a_template_that_fails_a_check_ends_the_shortcut(

@@ -17,6 +17,7 @@ from tunesmith.data.templates.choose import is_plain
 from tunesmith.data.templates.render import (
     CALLS_AS_TEXT,
     EMPTY_THINKING,
+    FIRST_ANSWER,
     NO_END_MARK,
     SPECIAL_AS_TEXT,
     SPLIT_TURNS,
@@ -246,6 +247,17 @@ def test_special_tokens_in_the_text(name: str, tokenizer_named: Callable[[str], 
     assert renderer.notes == {SPECIAL_AS_TEXT: 1} | {
         note: 1 for note in renderer.notes if note != SPECIAL_AS_TEXT
     }
+
+
+def test_an_answer_at_the_very_start_carries_no_loss(byte_tokenizer: Any) -> None:
+    renderer = Renderer(byte_tokenizer)
+    (segment,) = renderer.render(  # type: ignore[misc]
+        conversation([{"role": "assistant", "content": "Welcome!"}, *chat("q", "a")])
+    )
+    assert [span.text for span in segment if span.is_supervised] == ["a<|im_end|>"]
+    assert "Welcome!" in segment[0].text
+    assert renderer.notes == {FIRST_ANSWER: 1}
+    assert renderer.render(conversation([{"role": "assistant", "content": "Welcome!"}])) == []
 
 
 def test_text_that_the_tokenizer_composes(tokenizer_named: Callable[[str], Any]) -> None:

@@ -82,42 +82,50 @@ def show_sample(
 
 
 def token_text(tokenizer: Tokenizer, sequence: TokenSequence, console: Console) -> Text:
-    """Every token between bars; supervised ones in green, in brackets where there is no color."""
-    supervised = np.zeros(len(sequence.ids), dtype=bool)
-    for first, length, _ in sequence.runs:
-        supervised[first : first + length] = True
+    """Every token between bars; supervised ones in green, in brackets where there is no color.
+
+    A weight other than 1 stands in front of the tokens that have it.
+    """
+    weights = np.zeros(len(sequence.ids))
+    for first, length, weight in sequence.runs:
+        weights[first : first + length] = weight
     has_color = console.color_system is not None
     special = set(tokenizer.all_special_tokens)
     text = Text()
-    was_supervised = False
-    for piece, is_supervised in readable_tokens(tokenizer, sequence.ids.tolist(), supervised):
-        if not has_color and is_supervised != was_supervised:
-            text.append("[" if is_supervised else "]")
-        style = "bold black on green" if is_supervised else "default"
+    before = 0.0
+    for piece, weight in readable_tokens(tokenizer, sequence.ids.tolist(), weights.tolist()):
+        if weight != before:
+            if before and not has_color:
+                text.append("]")
+            if weight and not has_color:
+                text.append("[")
+            if weight not in (0.0, 1.0):
+                text.append(f"{weight:g}×", style="bold cyan")
+        style = "bold black on green" if weight else "default"
         if piece in special:
-            style = "bold white on dark_green" if is_supervised else "magenta"
+            style = "bold white on dark_green" if weight else "magenta"
         text.append(piece.replace("\n", "↵\n"), style=style)
         text.append("|", style="dim")
-        was_supervised = is_supervised
-    if was_supervised and not has_color:
+        before = weight
+    if before and not has_color:
         text.append("]")
     return text
 
 
 def readable_tokens(
-    tokenizer: Tokenizer, ids: Sequence[int], supervised: Iterable[bool]
-) -> Iterable[tuple[str, bool]]:
+    tokenizer: Tokenizer, ids: Sequence[int], weights: Iterable[float]
+) -> Iterable[tuple[str, float]]:
     """Token texts; tokens that share a character are shown together, with their number."""
     pending: list[int] = []
-    for token, is_supervised in zip(ids, supervised, strict=True):
+    for token, weight in zip(ids, weights, strict=True):
         pending.append(token)
         text = str(tokenizer.decode(pending, skip_special_tokens=False))
         if "\ufffd" in text and len(pending) < 8:
             continue
-        yield text if len(pending) == 1 else f"{text}({len(pending)})", is_supervised
+        yield text if len(pending) == 1 else f"{text}({len(pending)})", weight
         pending = []
     if pending:
-        yield str(tokenizer.decode(pending)), False
+        yield str(tokenizer.decode(pending)), 0.0
 
 
 def _legend(console: Console) -> Text:

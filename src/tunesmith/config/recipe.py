@@ -171,7 +171,7 @@ class DataConfig(Strict):
         if "path" in data:
             source = {key: data[key] for key in data if key in SourceConfig.model_fields}
             rest = {key: data[key] for key in data if key not in SourceConfig.model_fields}
-            return {"train": [source], **rest}
+            data = {"train": [source], **rest}
         if "train" in data:
             data = {**data, "train": _sources(data["train"])}
         if isinstance(data.get("names"), str):

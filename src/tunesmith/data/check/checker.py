@@ -299,11 +299,11 @@ class Checker:
             training = [index for index in group if self._trains(index)]
             held_out = [index for index in group if not self._trains(index)]
             # Of a training row and a validation row, the training row goes.
-            for index in training if held_out else ():
-                self._drop_copy("data.leak", index, held_out[0])
-            kept, *others = held_out or training
-            for index in others:
-                self._drop_copy("data.duplicate", index, kept)
+            if training and held_out:
+                self._drop_copy("data.leak", training[0], held_out[0])
+            for kept, *others in filter(None, (training, held_out)):
+                for index in others:
+                    self._drop_copy("data.duplicate", index, kept)
         for group in self.duplicates.groups():
             first, *others = group
             for index in others:

@@ -59,7 +59,7 @@ def fate_of(sequences: Sequence[TokenSequence], most: int, overlong: Overlong) -
     learned = sum(length for sequence in sequences for _, length, _ in sequence.runs)
     lost = learned - sum(_left(sequence, most, overlong) for sequence in sequences)
     if lost == learned:
-        return Fate(f"left out, nothing to learn stands in the first {most:,}", 0)
+        return Fate(f"left out, nothing is left to learn in the first {most:,}", 0)
     side = "start" if overlong == "cut_left" else "end"
     if not lost:
         return Fate(f"its {side} is cut off, nothing supervised with it", used)

@@ -198,11 +198,15 @@ def named(numbers: Mapping[str, int]) -> str:
 def _spread(counts: Counter[int], noun: str) -> str:
     """How many samples have how many of something, the commonest numbers first."""
     ranked = counts.most_common()
+    if not ranked:
+        return ""
     if len(ranked) == 1:
         return f"{counted(ranked[0][0], noun)} in each sample"
-    shown = ", ".join(f"{number} in {count:,}" for number, count in sorted(ranked[:6]))
+    (number, count), *others = sorted(ranked[:6])
+    shown = [f"{number} (in {counted(count, 'sample')})"]
+    shown += [f"{number} (in {count:,})" for number, count in others]
     longest = f", at most {max(counts)}" if len(ranked) > 6 else ""
-    return f"{shown} samples{longest}"
+    return ", ".join(shown) + longest
 
 
 def quantiles(values: npt.NDArray[np.int64]) -> dict[str, int]:
@@ -217,7 +221,7 @@ def quantiles(values: npt.NDArray[np.int64]) -> dict[str, int]:
 def histogram(
     values: Sequence[int] | npt.NDArray[np.int64], num_bars: int = NUM_BARS
 ) -> list[tuple[int, int, int]]:
-    """Bars of equal width in steps of 1, 2 or 5 times a power of ten; outliers are in the outer ones.
+    """Bars of equal width in steps of 1, 2 or 5 times a power of ten; the outer ones hold outliers.
 
     A few very short or long samples would squeeze all others into one bar.
     """

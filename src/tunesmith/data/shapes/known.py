@@ -186,7 +186,7 @@ def _no_shape(row: Mapping[str, Json], fixed: Mapping[str, str]) -> MistakeError
         return MistakeError("data.columns", found, expected)
     if fixed:
         found += f", of which {', '.join(fixed)} are mapped"
-    shapes = "; ".join(" + ".join(shape.required) for shape in SHAPES.values())
+    shapes = "; ".join(dict.fromkeys(" + ".join(shape.required) for shape in SHAPES.values()))
     mapping = _near_mapping(row, fixed) or "{prompt: question, completion: answer}"
     expected = f"one of: {shapes}; other names are mapped in the recipe, e.g. columns: {mapping}"
     return MistakeError("data.columns", found, expected)

@@ -62,6 +62,7 @@ SPLIT_TURNS = (
     "the chat template changes earlier turns when later ones follow: each answer of such a "
     "conversation is a sequence of its own, as inference sees it"
 )
+FIRST_ANSWER = "an answer at the very start carries no loss: there is nothing that it answers"
 SPECIAL_AS_TEXT = (
     "special tokens are written inside the texts: there they are encoded as plain text"
 )
@@ -199,6 +200,9 @@ class Renderer:
         text = ""
         for index, message in enumerate(sample.messages):
             if message.role != "assistant" or not message.weight:
+                continue
+            if index == 0:  # inference always has something to answer
+                self._said.add(FIRST_ANSWER)
                 continue
             prompt = self.prompt(messages[:index], tools)
             prompt, answer, rest = self._answer(prompt, messages[: index + 1], tools, message)
