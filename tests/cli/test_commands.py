@@ -77,6 +77,7 @@ def test_plan_trains_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_chat_answers_from_a_run_as_plain_transformers_does(
     run: Callable[..., str], tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

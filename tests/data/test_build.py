@@ -287,6 +287,7 @@ def test_a_held_workplace_is_left_alone(
 # Bounds
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(
     inputs: Callable[..., StoreInputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +318,7 @@ def text_store(
     return open_store(inputs(path), SilentReporter())
 
 
+@pytest.mark.slow
 def test_long_raw_texts(
     inputs: Callable[..., StoreInputs], write_jsonl: Callable[..., Path]
 ) -> None:
@@ -331,7 +333,7 @@ def test_long_raw_texts(
 
 
 SETTINGS = settings(
-    max_examples=40,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -609,6 +611,7 @@ def vars_of(tokens: InfillTokens) -> tuple[str, str, str]:
     return tokens.prefix, tokens.suffix, tokens.middle
 
 
+@pytest.mark.slow
 def test_infill_tokens_in_the_text_are_text(tokenizers_folder: Path) -> None:
     from transformers import AutoTokenizer
 

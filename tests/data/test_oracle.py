@@ -31,7 +31,7 @@ from tunesmith.types import Conversation, Message, Origin, ToolCall
 
 REAL = ("qwen3", "llama3_1", "deepseek_v3")
 SMOLLM = "smollm2"
-NUM_CONVERSATIONS = 500
+NUM_CONVERSATIONS = [20, pytest.param(500, marks=pytest.mark.slow)]
 
 # The generator: conversations as they come, and as they hardly ever come.
 
@@ -326,26 +326,29 @@ def compare(tokenizer: Any, name: str, chats: list[Chat], **arguments: Any) -> N
     assert pipeline.renderer.notes == renderer.notes
 
 
+@pytest.mark.parametrize("count", NUM_CONVERSATIONS)
 @pytest.mark.parametrize("name", [*REAL, pytest.param(SMOLLM, marks=pytest.mark.slow)])
-def test_chats(load: Callable[[str], Any], name: str) -> None:
+def test_chats(load: Callable[[str], Any], name: str, count: int) -> None:
     """Tools, thoughts and all: turns, systems, weights and odd texts."""
     rng = random.Random(f"chats {name}")
-    chats = [make_chat(rng, with_tools=True, with_thoughts=True) for _ in range(NUM_CONVERSATIONS)]
+    chats = [make_chat(rng, with_tools=True, with_thoughts=True) for _ in range(count)]
     compare(load(name), name, chats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_plain_chats(load: Callable[[str], Any], name: str) -> None:
     """No tools and no thoughts: most of them go the short way."""
     rng = random.Random(f"plain {name}")
-    chats = [make_chat(rng, with_tools=False, with_thoughts=False) for _ in range(200)]
+    chats = [make_chat(rng, with_tools=False, with_thoughts=False) for _ in range(500)]
     compare(load(name), name, chats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_on", [True, False])
 def test_qwen3_thinking_switch(load: Callable[[str], Any], is_on: bool) -> None:
     rng = random.Random(f"thinking {is_on}")
-    chats = [make_chat(rng, with_tools=True, with_thoughts=True) for _ in range(NUM_CONVERSATIONS)]
+    chats = [make_chat(rng, with_tools=True, with_thoughts=True) for _ in range(500)]
     compare(load("qwen3"), "qwen3", chats, enable_thinking=is_on)
 
 

@@ -119,7 +119,13 @@ REAL = ("qwen3", "llama3_1", "deepseek_v3")
 NAMES = ("bytes", *REAL, *(f"{name}+{t}" for name in REAL for t in ("chatml", "plain", "quoted")))
 
 
-@pytest.mark.parametrize("name", ["bytes", *REAL, "qwen3+chatml"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("bytes", "qwen3") else [pytest.mark.slow])
+        for name in ("bytes", *REAL, "qwen3+chatml")
+    ],
+)
 def test_ordinary_chats_take_the_short_way(named: Callable[[str], Any], name: str) -> None:
     tokenizer = named(name)
     samples = [chat(*ORDINARY[:count], system=s) for count in (2, 4) for s in (None, "Be brief.")]
@@ -207,7 +213,13 @@ TEXTS = st.one_of(
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
+FEW_NAMES = ("bytes", "qwen3")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in FEW_NAMES else [pytest.mark.slow]) for n in NAMES],
+)
 @settings(
     max_examples=30,
     deadline=None,
@@ -219,7 +231,7 @@ def test_any_texts(
     named: Callable[[str], Any], name: str, texts: list[str], system: str | None
 ) -> None:
     tokenizer = named(name)
-    # The first of every 64 samples is looked at twice: it shall not hide what is wrong with others.
+    # One of every 512 samples is looked at twice: it shall not hide what is wrong with others.
     first = chat(*ORDINARY[:2])
     samples = [first] + [
         chat(*texts[start : start + 2 * turns], system=system)
@@ -230,6 +242,7 @@ def test_any_texts(
     require_same(results, long_way(tokenizer, samples))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "llama3_1"])
 def test_large_data_is_encoded_alike(named: Callable[[str], Any], name: str) -> None:
     """Much data pays for a faster tokenizer (`byte_bpe.py`), used in several threads."""
@@ -249,7 +262,14 @@ def test_large_data_is_encoded_alike(named: Callable[[str], Any], name: str) -> 
     assert sum(len(batch.outlines) for batch in batches) > 300
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "bytes"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in FEW_NAMES else [pytest.mark.slow])
+        for name in NAMES
+        if name != "bytes"
+    ],
+)
 @pytest.mark.parametrize("char", ["-", "=", "a", "1", "你", "...", "_"])
 def test_runs_of_one_character_at_the_edges(
     named: Callable[[str], Any], name: str, char: str
@@ -263,6 +283,7 @@ def test_runs_of_one_character_at_the_edges(
     require_same(results, long_way(tokenizer, samples))
 
 
+@pytest.mark.slow
 def test_a_first_character_is_no_proof(named: Callable[[str], Any]) -> None:
     """`'` joins a colon before it or not, depending on what follows."""
     for name in ("llama3_1+quoted", "qwen3+quoted", "deepseek_v3+quoted"):
@@ -661,7 +682,7 @@ EXPRESSIONS = st.recursive(
 FEW_LETTERS = st.text(alphabet="abxA ", min_size=1, max_size=4)
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None)
 @given(EXPRESSIONS, st.lists(FEW_LETTERS, min_size=4, max_size=12))
 def test_any_templates(expression: str, texts: list[str]) -> None:
     """The watch never lets a text through that a template treats, whatever the template."""

@@ -74,6 +74,7 @@ def test_two_runs_are_equal_and_learn(
     assert summary["eval_loss"] < summary["eval_loss_before"]
 
 
+@pytest.mark.slow
 def test_sigkill_once(oracle: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     recipe, expected = oracle
     output = tmp_path / "killed"
@@ -113,10 +114,8 @@ def test_sigkill_at_random_moments(oracle: tuple[Path, dict[str, bytes]], tmp_pa
     assert final_bytes(output) == expected
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stop_signals_save_and_say_how_to_go_on(
     oracle: tuple[Path, dict[str, bytes]], tmp_path: Path, number: int, code: int
 ) -> None:
@@ -156,7 +155,17 @@ def run_and_stop(recipe: Path, output: Path, step: int) -> None:
     assert caught.value.step == step
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optim.safetensors", "state.json"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_model.safetensors",
+        pytest.param("optim.safetensors", marks=SLOW),
+        pytest.param("state.json", marks=SLOW),
+    ],
+)
 def test_a_truncated_newest_checkpoint_is_skipped(
     tiny_recipe: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:

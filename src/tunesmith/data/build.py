@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from array import array
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from tunesmith.data.columns import read_samples
 from tunesmith.data.encode import Batch, Pipeline, Sourced
+from tunesmith.data.hashes import hash_samples
 from tunesmith.data.readers import Meter
 from tunesmith.data.sources import Source
 from tunesmith.data.store import ARRAYS, KINDS, StoreInputs, TokenStore, kind_of
@@ -44,6 +44,9 @@ def open_store(inputs: StoreInputs, reporter: Reporter) -> TokenStore:
         is_whole = find_damage(folder) is None
     if not is_whole:
         with _workplace(folder) as workplace:
+            long_way = workplace / "long-way"
+            if long_way.exists():
+                inputs.renderer.skeletons = None
             try:
                 _build(inputs, workplace, folder, reporter)
             except SkeletonMismatchError:
@@ -52,8 +55,9 @@ def open_store(inputs: StoreInputs, reporter: Reporter) -> TokenStore:
                     "rendered by the template itself, which takes longer"
                 )
                 inputs.renderer.skeletons = None
-                shutil.rmtree(workplace)
-                workplace.mkdir()
+                for shard in workplace.glob("shard-*"):
+                    shutil.rmtree(shard)
+                long_way.touch()  # a start after a kill must not take the shortcut again
                 _build(inputs, workplace, folder, reporter)
     return TokenStore(folder)
 
@@ -105,25 +109,30 @@ class _Columns:
     def num_samples(self) -> int:
         return len(self.arrays["sample_line"])
 
-    def add(self, source: int, sample: Sample, sequences: Sequence[TokenSequence]) -> None:
-        columns = self.arrays
-        digest = hashlib.blake2b(digest_size=8)
-        for sequence in sequences:
-            content = sequence.ids.tobytes()
-            columns["ids"].frombytes(content)
-            digest.update(content + b"|")
-            columns["lengths"].append(len(sequence.ids))
-            columns["num_runs"].append(len(sequence.runs))
-            for first, length, weight in sequence.runs:
-                columns["run_first"].append(first)
-                columns["run_length"].append(length)
-                columns["run_weight"].append(weight)
-        columns["num_sequences"].append(len(sequences))
-        columns["sample_hash"].append(int.from_bytes(digest.digest(), "little"))
-        columns["sample_line"].append(sample.origin.line)
-        columns["sample_file"].append(self._file(sample.origin))
-        columns["sample_source"].append(source)
-        columns["sample_kind"].append(KINDS.index(kind_of(sample)))
+    def add(self, rows: Sequence[tuple[int, Sample, Sequence[TokenSequence]]]) -> None:
+        """Adds samples, each with its source and at least one token."""
+        if not rows:
+            return
+        sequences = [sequence for _, _, own in rows for sequence in own]
+        runs = [run for sequence in sequences for run in sequence.runs]
+        ids = np.concatenate([sequence.ids for sequence in sequences])
+        lengths = np.array([len(sequence.ids) for sequence in sequences])
+        counts = np.array([len(own) for _, _, own in rows])
+        for name, values in {
+            "ids": ids,
+            "lengths": lengths,
+            "num_runs": [len(sequence.runs) for sequence in sequences],
+            "run_first": [first for first, _, _ in runs],
+            "run_length": [length for _, length, _ in runs],
+            "run_weight": [weight for _, _, weight in runs],
+            "num_sequences": counts,
+            "sample_hash": hash_samples(ids, lengths, counts),
+            "sample_line": [sample.origin.line for _, sample, _ in rows],
+            "sample_file": [self._file(sample.origin) for _, sample, _ in rows],
+            "sample_source": [source for source, _, _ in rows],
+            "sample_kind": [KINDS.index(kind_of(sample)) for _, sample, _ in rows],
+        }.items():
+            self.arrays[name].frombytes(np.asarray(values, dtype=ARRAYS[name]).tobytes())
 
     def _file(self, origin: Origin) -> int:
         return self.files.setdefault((origin.path, origin.sheet), len(self.files))
@@ -245,28 +254,31 @@ SPOKEN = {
 def _add(batch: Batch, columns: _Columns, progress: _Progress) -> None:
     progress.notes += batch.notes
     progress.num_rows += len(batch.rows)
+    kept: list[tuple[int, Sample, Sequence[TokenSequence]]] = []
     for source, sample, result in batch:
         if isinstance(result, Problem):
             progress.add(result)
         elif not isinstance(sample, Problem) and any(sequence.runs for sequence in result):
-            columns.add(source, sample, result)
+            kept.append((source, sample, result))
         else:
             progress.num_silent += 1
+    columns.add(kept)
 
 
 def _save_shard(workplace: Path, number: int, columns: _Columns, progress: _Progress) -> Path:
     folder = workplace / f"shard-{number:06d}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    columns.save(folder)
-    write_atomic(folder / "state.json", json.dumps(progress.as_json(), ensure_ascii=False))
+    with atomic_directory(folder) as temporary:
+        columns.save(temporary)
+        state = json.dumps(progress.as_json(), ensure_ascii=False)
+        (temporary / "state.json").write_text(state, encoding="utf-8")
+        write_manifest(temporary)
     return folder
 
 
 def _finished_shards(workplace: Path) -> list[Path]:
-    """The shards that are whole: their state is written last."""
+    """The shards of an earlier start, up to the first that is damaged."""
     shards = sorted(workplace.glob("shard-*"))
-    return [shard for shard in shards if (shard / "state.json").exists()]
+    return list(takewhile(lambda shard: find_damage(shard) is None, shards))
 
 
 def _state_of(shard: Path) -> dict[str, Any]:

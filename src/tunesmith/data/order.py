@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from tunesmith.data.hashes import mix
+
 
 def order(seed: int, epoch: int, num_samples: int) -> npt.NDArray[np.int64]:
     """The order of `num_samples` samples in one epoch.
@@ -22,7 +24,7 @@ def stream_seed(seed: int, number: int) -> int:
         return seed
     # SplitMix64: steps of the golden ratio, then a bijection, so that numbers never share a seed.
     start = (seed + number * 0x9E3779B97F4A7C15) % 2**64
-    return int(_mix(np.array([start], dtype=np.uint64))[0])
+    return int(mix(np.array([start], dtype=np.uint64))[0])
 
 
 def split_samples(
@@ -38,7 +40,7 @@ def split_samples(
     """
     if num_validation <= 0 or len(hashes) == 0:
         return np.arange(len(hashes)), np.empty(0, dtype=np.int64)
-    mixed = _mix(np.asarray(hashes) ^ _mix(np.array([seed + 1], dtype=np.uint64)))
+    mixed = mix(np.asarray(hashes) ^ mix(np.array([seed + 1], dtype=np.uint64)))
     by_rank = np.argsort(mixed, kind="stable")
     limit = mixed[by_rank[min(num_validation, len(by_rank)) - 1]]
     held_out = mixed <= limit
@@ -124,10 +126,3 @@ def _quotas(
             quotas[giver] -= 1
             quotas[group] += 1
     return quotas
-
-
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele et al. 2014): spreads every input bit over the output."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

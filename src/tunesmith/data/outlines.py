@@ -2,7 +2,7 @@ r"""Tokens of conversations by outline: the template's part is encoded once, the
 
 Between two special tokens a template writes little (`assistant\n`), so a text's tokens are the same
 whether it is encoded alone or within the whole, unless a token reaches over its edges. Edges are
-tried with the tokenizer itself; a text that fails goes the long way. Every 64th sample is encoded
+tried with the tokenizer itself; a text that fails goes the long way. Every 512th sample is encoded
 both ways, and one difference ends the shortcut.
 """
 
@@ -176,7 +176,7 @@ class Outlines:
             key = (step.tail, text[0])
             if key not in self.clean:
                 starts = [text[0] + more for more in (*CONTINUATIONS, text[0], text[1:PROBE_CHARS])]
-                self.clean[key] = all(self._parts_alone(step.tail, start) for start in starts)
+                self.clean[key] = self._parts_alone(step.tail, starts)
             if not self.clean[key]:
                 return False
         if not step.head:
@@ -184,25 +184,25 @@ class Outlines:
         # Digits are cut in threes, counted from where their run begins.
         if text[-1].isnumeric() and step.head[0].isnumeric():
             return False
-        return self._parts_alone(text[-PROBE_CHARS:], step.head)
+        return self._parts_alone(text[-PROBE_CHARS:], [step.head])
 
-    def _parts_alone(self, left: str, right: str) -> bool:
-        """Whether a word ends between two texts.
+    def _parts_alone(self, left: str, rights: Sequence[str]) -> bool:
+        """Whether a word ends between a text and each of those that may follow it.
 
         Equal tokens are no proof: `=` and a line end are two tokens, 16 `=` and a line end one.
         """
-        whole = self._encode(left + right)
-        before = self._ids(left)
-        if whole.ids != before + self._ids(right):
-            return False
-        at = len(before)
-        return not self.tree["model"]["merges"] or whole.word_ids[at - 1] != whole.word_ids[at]
+        texts = [left, *rights, *(left + right for right in rights)]
+        before, *encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        at = len(before.ids)
+        for alone, whole in zip(encodings[: len(rights)], encodings[len(rights) :], strict=True):
+            if whole.ids != before.ids + alone.ids:
+                return False
+            if self.tree["model"]["merges"] and whole.word_ids[at - 1] == whole.word_ids[at]:
+                return False
+        return True
 
     def _ids(self, text: str) -> list[int]:
-        return self._encode(text).ids
-
-    def _encode(self, text: str) -> Any:
-        return self.backend.encode_batch([text], add_special_tokens=False)[0]
+        return self.backend.encode_batch([text], add_special_tokens=False)[0].ids
 
 
 def _fixed(parts: Sequence[tuple[str | int, float]]) -> list[str]:

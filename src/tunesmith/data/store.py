@@ -19,7 +19,7 @@ from tunesmith.data.tokenize import TokenSequence
 from tunesmith.io.manifest import file_sha256
 from tunesmith.types import Json, Origin, Sample
 
-STORE_VERSION = 4
+STORE_VERSION = 5
 """Goes into the key: raise it when rendering or tokenization changes."""
 
 ARRAYS = {

@@ -5,7 +5,7 @@ tools) is rendered with marks in the places of the texts, and every further conv
 filled in. Meanwhile the template is watched (`watch.py`): a text goes this way only if it meets all
 conditions under which the template cannot tell it from a mark. As a proof of the watch, each
 outline must first render texts full of awkward characters just as the template itself does, and
-every 64th conversation is rendered both ways; one difference ends the shortcut for the whole
+every 512th conversation is rendered both ways; one difference ends the shortcut for the whole
 template.
 """
 
@@ -25,7 +25,7 @@ Outline = tuple[object, ...]
 Render = Callable[[Conversation], tuple[list[Segment], frozenset[str]]]
 """Renders a conversation and says what it noted."""
 
-CHECK_EVERY = 64
+CHECK_EVERY = 512
 """Every so many conversations are rendered by the template as well."""
 
 MAX_OUTLINES = 4096
