@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
+
 from tunesmith.config.auto import AUTO_KEYS, Facts, Resolved, number, resolve
 from tunesmith.config.load import LoadedRecipe, flatten
 from tunesmith.config.recipe import Recipe, SourceConfig
@@ -79,12 +81,16 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     is_bf16 = device.has_fast_bf16 if asked == "auto" else asked == "bfloat16"
     needs = estimate_needs(sizes, recipe, is_bf16=is_bf16)
     values = Resolved(resolved, {}) if resolved is not None else None
-    values = values or resolve(recipe, _facts(store, sources, sizes, needs, device))
+    values = values or resolve(
+        recipe, _facts((store, validation_store), sources, sizes, needs, device)
+    )
     configs = [each.config for each in sources.stored]
     loader, split = _split(values.recipe, configs, store, validation_store)
     max_steps = values.recipe.train.max_steps
     keys = [fingerprint(source, config), store.content_key]
     keys += [validation_store.content_key] if validation_store else []
+    if len(split.shares) > 1:  # a registry may change them without the recipe
+        keys.append("+".join(f"{share.draws}of{share.size}" for share in split.shares))
     num_steps = loader.steps_per_epoch * number(values.recipe.train.epochs)
     return Job(
         source=source,
@@ -116,14 +122,26 @@ def _check_ids(store: TokenStore, sizes: Sizes, source: ModelSource) -> None:
 
 
 def _facts(
-    store: TokenStore, sources: Sources, sizes: Sizes, needs: Needs, device: Device
+    stores: tuple[TokenStore, TokenStore | None],
+    sources: Sources,
+    sizes: Sizes,
+    needs: Needs,
+    device: Device,
 ) -> Facts:
     # 40 % of the memory is left to the system, the head's logits, and error of the estimate.
     free_bytes = int(0.6 * device.memory_bytes) - needs.weight_bytes - needs.optimizer_bytes
+    rows = np.bincount(stores[0].sample_sources, minlength=len(sources.train))
+    rows = rows[: len(sources.train)].tolist()  # without replay
+    draws = [
+        source.config.count or source.config.weight * size
+        for source, size in zip(sources.train, rows, strict=True)
+    ]
+    longest = [_longest(store) for store in stores if store is not None]
     return Facts(
-        num_rows=int((store.sample_sources < len(sources.train)).sum()),  # without replay
-        longest_tokens=int(store.longest_of_samples()[~store.is_text].max(initial=0)),
-        longest_text_tokens=int(store.longest_of_samples()[store.is_text].max(initial=0)),
+        num_rows=sum(rows),
+        draws_per_row=sum(draws) / max(sum(rows), 1),
+        longest_tokens=max(other for other, _ in longest),
+        longest_text_tokens=max(text for _, text in longest),
         has_validation=bool(sources.validation),
         context_tokens=sizes.context_tokens,
         hidden_size=sizes.hidden_size,
@@ -132,6 +150,12 @@ def _facts(
         free_bytes=free_bytes,
         activation_bytes_per_token=needs.activation_bytes_per_token,
     )
+
+
+def _longest(store: TokenStore) -> tuple[int, int]:
+    """Tokens of the longest sample that is no raw text, and of the longest one that is."""
+    lengths, is_text = store.longest_of_samples(), store.is_text
+    return int(lengths[~is_text].max(initial=0)), int(lengths[is_text].max(initial=0))
 
 
 def _split(
@@ -171,6 +195,7 @@ def overview(job: Job, asked: Recipe) -> dict[str, Json]:
     if asked.evaluate.early_stopping is not None and not len(split.validation):
         notes.append("evaluate.early_stopping has no effect: no rows are held out to validate on")
     most, counts = f"longer than {job.loader.max_length} tokens", split.counts
+    of_validation = split.validation_counts
     end = "start" if job.loader.overlong == "cut_left" else "end"
     for count, what in (
         (counts.truncated, f"{most}, their {end} is cut off"),
@@ -179,6 +204,10 @@ def overview(job: Job, asked: Recipe) -> dict[str, Json]:
         (counts.unsupervised, "without anything to learn, left out"),
         (counts.leaked, "of training that validation has, too, left out of training"),
         (counts.bad, "with problems, left out (data.bad_rows: drop)"),
+        (of_validation.truncated, f"of validation {most}, their {end} is cut off"),
+        (of_validation.dropped, f"of validation {most}, left out"),
+        (of_validation.unsupervised, "of validation without anything to learn, left out"),
+        (of_validation.bad, "of validation with problems, left out (data.bad_rows: drop)"),
     ):
         if count:
             notes.append(f"{count:,} samples {what}")

@@ -232,3 +232,18 @@ def test_every_field_is_explained() -> None:
         if not field.description and name != "name"
     }
     assert silent == set()
+
+
+def test_length_of_raw_text() -> None:
+    facts = {"longest_tokens": 300, "longest_text_tokens": 9000, "context_tokens": 8192}
+    assert values(recipe(), **facts)["data.max_length"] == 2048
+    cut = recipe(data={"train": "d", "overlong": "cut_right"})
+    assert values(cut, **facts)["data.max_length"] == 8192
+    assert values(recipe(), **{**facts, "longest_tokens": 4000})["data.max_length"] == 4000
+
+
+def test_epochs_follow_what_an_epoch_draws() -> None:
+    facts = {"num_rows": 100_000, "draws_per_row": 0.01}
+    few = values(recipe(), **facts)
+    assert few["train.epochs"] > values(recipe(), num_rows=100_000)["train.epochs"]
+    assert few["train.global_batch"] == 2

@@ -254,13 +254,20 @@ def test_bad_validation(refusal: Callable[..., RecipeError], value: str) -> None
 
 
 @pytest.mark.parametrize(
-    "data", ["{train: []}", "{template: plain}", "{names: [a], train: d}", "{registry: r.json}"]
+    "data",
+    [
+        "{train: []}",
+        "{template: plain}",
+        "{names: [a], train: d}",
+        "{registry: r.json}",
+        "{path: a, train: b}",
+    ],
 )
 def test_no_training_files(refusal: Callable[..., RecipeError], data: str) -> None:
     error = refusal(f"model: m\ndata: {data}\n")
     assert (error.code, error.where) == ("recipe.bad-value", "mine.yaml:2")
     assert "`data`" in error.found
-    assert "registry" in error.expected
+    assert "registry" in error.expected or "not both" in error.expected
 
 
 # Files that are no recipe

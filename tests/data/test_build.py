@@ -503,7 +503,8 @@ def test_rows_of_a_validation_store_are_not_trained_on(
     assert split.shares == (Share(15, 15),)
     with pytest.raises(DataError) as caught:
         split_of(store, store)
-    assert caught.value.code == "data.nothing-to-learn"
+    assert caught.value.code == "data.leak"
+    assert "20 training samples, all of which" in caught.value.found
 
 
 @SETTINGS
@@ -523,6 +524,10 @@ def test_copies_stay_on_one_side(
     found = [Source(SourceConfig(path=path.name), (path,)) for path in paths]
     made = StoreInputs(found, Renderer(make_byte_tokenizer()), folder=folder / "stores")
     store = open_store(made, SilentReporter())
+    if wanted >= store.num_samples:
+        with pytest.raises(DataError, match=r"data\.validation-size"):
+            split_of(store, sources=len(sources), validation=wanted, seed=seed)
+        return
     split = split_of(store, sources=len(sources), validation=wanted, seed=seed)
     hashes = store.sample_hashes
     inside, outside = hashes[split.train].tolist(), hashes[split.validation].tolist()

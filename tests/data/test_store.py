@@ -341,6 +341,16 @@ def test_many_prompts_beyond_the_limit_are_an_error(store_of: Callable[..., Toke
     assert "cut_left" in str(caught.value)
 
 
+def test_a_weight_of_prompts_does_not_hide_lost_answers(
+    inputs: Callable[..., StoreInputs], write_jsonl: Callable[..., Path]
+) -> None:
+    rows = [chat("q" * 80, "a"), *[chat("q", f"a{number}") for number in range(99)]]
+    made = inputs(write_jsonl(rows))
+    weighed = StoreInputs(made.sources, made.renderer, prompt_weight=0.1, folder=made.folder)
+    store = open_store(weighed, SilentReporter())
+    assert split_of(store, max_length=60).counts.unsupervised == 1
+
+
 def test_overlong_samples_are_dropped(store_of: Callable[..., TokenStore]) -> None:
     split = split_of(store_of(LONG_AND_SHORT), max_length=60, overlong="drop")
     assert split.train.tolist() == [0, 1, 3]
@@ -505,4 +515,5 @@ def test_meta_names_the_files(store_of: Callable[..., TokenStore], tmp_path: Pat
         "num_rows": 1,
         "num_silent": 0,
         "problems": [],
+        "prompt_weight": 0.0,
     }

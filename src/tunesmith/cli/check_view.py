@@ -80,7 +80,11 @@ def show_findings(console: Console, findings: Findings) -> None:
         console.print(_line(problem, findings), soft_wrap=True, highlight=False)
     codes = findings.codes()
     parts = (
-        ("red", "cannot be used: training stops at them (data.bad_rows: drop)", True),
+        (
+            "red",
+            "cannot be used: training stops, or drops them (data.bad_rows: drop)",
+            True,
+        ),
         ("yellow", "worth a look", False),
     )
     for color, title, is_error in parts:

@@ -77,7 +77,7 @@ def show_sample(
         console.print(token_text(tokenizer, sequence, console))
         line = f"{total} tokens, {learned} supervised ({100 * learned / max(total, 1):.0f} %)"
         if isinstance(max_length, int) and total > max_length:
-            line += f"; cut off after {max_length} tokens"
+            line += f"; longer than {max_length} (data.overlong)"
         console.print(line, style="dim", highlight=False)
 
 

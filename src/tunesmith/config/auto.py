@@ -46,6 +46,8 @@ class Facts:
     """Of samples of raw text."""
     has_validation: bool = False
     """Whether the data brings validation rows of its own."""
+    draws_per_row: float = 1.0
+    """Samples of an epoch for each row: sources may have weights or counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +82,10 @@ def resolve(recipe: Recipe, facts: Facts) -> Resolved:
         return values[section].get(name)
 
     fill("model.dtype", *_dtype(facts))
-    fill("data.max_length", *_max_length(facts))
+    fill("data.max_length", *_max_length(recipe, facts))
     held_out = fill("data.validation", *_validation(facts))
     num_train = facts.num_rows - _count(held_out, facts.num_rows)
+    num_train = max(1, round(num_train * facts.draws_per_row))
     if isinstance(recipe.method, LoraConfig):
         rank = fill("method.rank", 16, "enough for a task of one's own; 8 to 64 differ little")
         fill("method.alpha", 2 * float(str(rank)), "twice the rank")
@@ -107,13 +110,16 @@ def _dtype(facts: Facts) -> tuple[str, str]:
     return "float32", f"bfloat16 is slow or absent on this {facts.device_kind}"
 
 
-def _max_length(facts: Facts) -> tuple[int, str]:
-    text = min(facts.longest_text_tokens, TEXT_TOKENS, facts.context_tokens)
-    if text > facts.longest_tokens:
-        return max(8, text), "pieces of raw text"
-    if facts.longest_tokens <= facts.context_tokens:
-        return max(8, facts.longest_tokens), "the longest sample"
-    return facts.context_tokens, f"the model's context; the longest is {facts.longest_tokens}"
+def _max_length(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+    text, longest = facts.longest_text_tokens, facts.longest_tokens
+    if recipe.data.overlong in ("auto", "split"):
+        text = min(text, TEXT_TOKENS, facts.context_tokens)
+        if longest < text:
+            return max(8, text), "pieces of raw text"
+    longest = max(longest, text)
+    if longest <= facts.context_tokens:
+        return max(8, longest), "the longest sample"
+    return facts.context_tokens, f"the model's context; the longest is {longest}"
 
 
 def _validation(facts: Facts) -> tuple[int, str]:
@@ -128,7 +134,7 @@ def _validation(facts: Facts) -> tuple[int, str]:
 def _count(held_out: object, num_rows: int) -> int:
     if isinstance(held_out, float):
         return max(1, round(held_out * num_rows))
-    return held_out if isinstance(held_out, int) else 0
+    return min(held_out, num_rows - 1) if isinstance(held_out, int) else 0
 
 
 def auto_epochs(num_train: int) -> tuple[int, str]:

@@ -154,7 +154,9 @@ class DataConfig(Strict):
     fill_in_middle: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of raw texts turned into fill-in-the-middle tasks, for models that know them."""
     max_length: Auto | Annotated[int, Field(ge=8)] = "auto"
-    """Tokens a sample may have; auto is its longest sample, up to the model's context."""
+    """Tokens a sample may have; auto is its longest sample, up to the model's context.
+
+    Where raw text is split, pieces of it have at most 2,048 tokens by default."""
     overlong: Literal["auto", "drop", "cut_right", "cut_left", "split"] = "auto"
     """What happens to a longer sample: left out, its end or its start cut off, or cut into pieces.
 
@@ -168,6 +170,8 @@ class DataConfig(Strict):
         if not isinstance(value, dict):
             return value
         data = cast("dict[str, object]", value)
+        if "path" in data and "train" in data:
+            raise ValueError("either `path` or `train`, not both (data.train=... replaces it)")
         if "path" in data:
             source = {key: data[key] for key in data if key in SourceConfig.model_fields}
             rest = {key: data[key] for key in data if key not in SourceConfig.model_fields}

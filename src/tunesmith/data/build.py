@@ -212,7 +212,11 @@ def _build(inputs: StoreInputs, workplace: Path, folder: Path, reporter: Reporte
     progress.check(inputs)
     with atomic_directory(folder) as temporary:
         _join(shards, temporary)
-        meta = {**progress.as_json(), "content_key": inputs.content_key()}
+        meta = {
+            **progress.as_json(),
+            "content_key": inputs.content_key(),
+            "prompt_weight": inputs.prompt_weight,
+        }
         write_atomic(temporary / "meta.json", json.dumps(meta, ensure_ascii=False))
         write_manifest(temporary)
 
@@ -239,6 +243,8 @@ def _accepted(rows: Iterable[Sourced], kinds: tuple[str, ...]) -> Iterator[Sourc
         else:
             found = SPOKEN[kind_of(row)]
             wanted = ", ".join(SPOKEN[kind] for kind in kinds)
+            if kind_of(row) == "Rated":
+                wanted += " (`format: completion` or another reads the row without its label)"
             yield number, Problem(str(row.origin), "data.kind", found, wanted)
 
 

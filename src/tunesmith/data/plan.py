@@ -39,6 +39,8 @@ class Split:
     shares: tuple[Share, ...]
     validation: npt.NDArray[np.int64]
     counts: Counts
+    validation_counts: Counts
+    """Of validation data of its own."""
 
 
 def make_split(
@@ -66,33 +68,44 @@ def make_split(
         DataError: nothing is left to train on (`data.nothing-to-learn`).
     """
     store, validation_store = stores
-    usable, counts = _usable(store, data, max_length)
-    _require(usable, "data.train", max_length)
     source_of = store.sample_sources
+    usable, counts = _usable(store, data, max_length, "data.train")
+    is_replay = source_of[usable] == (len(sources) - 1 if data.replay else -1)
+    own, replay = usable[~is_replay], usable[is_replay]
+    _require(own, "data.train", max_length)
     if validation_store is not None:
-        validation, _ = _usable(validation_store, data, max_length)
+        validation, of_validation = _usable(validation_store, data, max_length, "data.validation")
         _require(validation, "data.validation", max_length)
-        leaked = drop_leaked(
-            store.sample_hashes[usable], validation_store.sample_hashes[validation]
-        )
-        train = usable[~leaked]
-        counts = replace(counts, leaked=int(leaked.sum()))
-        _require(train, "data.train", max_length)
+        train, held_out_hashes = own, validation_store.sample_hashes[validation]
     else:
-        is_replay = source_of[usable] == (len(sources) - 1 if data.replay else -1)
-        own = usable[~is_replay]
-        _require(own, "data.train", max_length)
         inside, held_out = split_by_source(
             store.sample_hashes[own], source_of[own], num_validation(data, len(own)), seed
         )
-        validation = own[held_out]
-        replay = usable[is_replay]
-        leaked = drop_leaked(store.sample_hashes[replay], store.sample_hashes[validation])
-        train = np.concatenate([own[inside], replay[~leaked]])
-        counts = replace(counts, leaked=int(leaked.sum()))
+        train, validation, of_validation = own[inside], own[held_out], Counts()
+        held_out_hashes = store.sample_hashes[validation]
+    train, replay, num_leaked = _without_leaks(store, train, replay, held_out_hashes)
+    train = np.concatenate([train, replay])
+    counts = replace(counts, leaked=num_leaked)
     train = train[np.argsort(source_of[train], kind="stable")]
     shares = _shares(data, sources, np.bincount(source_of[train], minlength=len(sources)))
-    return Split(store, validation_store or store, train, shares, validation, counts)
+    return Split(store, validation_store or store, train, shares, validation, counts, of_validation)
+
+
+def _without_leaks(
+    store: TokenStore,
+    train: npt.NDArray[np.int64],
+    replay: npt.NDArray[np.int64],
+    held_out_hashes: npt.NDArray[np.uint64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+    """Training and replay samples that validation does not have, and how many it has."""
+    kept = [
+        samples[~drop_leaked(store.sample_hashes[samples], held_out_hashes)]
+        for samples in (train, replay)
+    ]
+    if len(kept[0]) == 0:
+        found = f"{len(train):,} training samples, all of which are validation samples, too"
+        raise DataError([Problem("data.validation", "data.leak", found, "other rows to train on")])
+    return kept[0], kept[1], len(train) + len(replay) - len(kept[0]) - len(kept[1])
 
 
 def _shares(
@@ -117,7 +130,13 @@ def num_validation(data: DataConfig, num_samples: int) -> int:
     if isinstance(wanted, float):
         return min(max(1, round(wanted * num_samples)), num_samples - 1)
     if isinstance(wanted, int):
-        return min(wanted, num_samples - 1)
+        if wanted >= num_samples > 0:
+            found = f"{wanted:,} rows to hold out of {num_samples:,}"
+            raise DataError(
+                [Problem("data.validation", "data.validation-size", found, "fewer than there are")],
+                try_="a share such as data.validation=0.1",
+            )
+        return wanted
     return 0
 
 
@@ -134,12 +153,12 @@ MOST_WITHOUT_ANSWER = 0.01
 """Of the samples, so many may lose their whole answer to the length limit without an error."""
 
 
-def _check_cut_prompts(count: int, num_samples: int, max_length: int) -> None:
+def _check_cut_prompts(count: int, num_samples: int, max_length: int, where: str) -> None:
     """Refuses to go on without more than a few of the rows: the limit is not what was meant."""
     if count > MOST_WITHOUT_ANSWER * num_samples and count < num_samples:
         found = (
-            f"{count:,} of {num_samples:,} samples whose prompt alone has {max_length} tokens "
-            "or more: nothing of the answer would be left"
+            f"{count:,} of {num_samples:,} samples of {where} whose prompt alone has {max_length} "
+            "tokens or more: nothing of the answer would be left"
         )
         raise DataError(
             [Problem("data.max_length", "data.overlong", found, "at most 1 % of them")],
@@ -149,7 +168,7 @@ def _check_cut_prompts(count: int, num_samples: int, max_length: int) -> None:
 
 
 def _usable(
-    store: TokenStore, data: DataConfig, max_length: int
+    store: TokenStore, data: DataConfig, max_length: int, where: str
 ) -> tuple[npt.NDArray[np.int64], Counts]:
     """The samples to use, and what becomes of the others."""
     is_overlong = store.longest_of_samples() > max_length
@@ -159,9 +178,9 @@ def _usable(
     )
     # Only a cut at the end can take all that is supervised away.
     is_cut = is_overlong & ~is_dropped & ~is_split
-    first = store.first_supervised_of_samples()
+    first = store.first_answer_of_samples()
     has_nothing = is_cut & (first >= max_length) & (data.overlong != "cut_left")
-    _check_cut_prompts(int(has_nothing.sum()), store.num_samples, max_length)
+    _check_cut_prompts(int(has_nothing.sum()), store.num_samples, max_length, where)
     keep = ~is_dropped & ~has_nothing
     counts = Counts(
         truncated=int((is_cut & keep).sum()),

@@ -10,6 +10,7 @@ from pathlib import Path
 from tunesmith.config.recipe import DataConfig, SourceConfig
 from tunesmith.data.readers import find_files, named_splits
 from tunesmith.data.readers.hub import declared_splits, fetch_dataset, parse_hub_id
+from tunesmith.data.readers.splits import WORDS
 from tunesmith.data.registry import read_registry
 from tunesmith.errors import DataError, Problem
 from tunesmith.types import Reporter
@@ -80,7 +81,8 @@ def _place(config: SourceConfig, locate: Callable[[str], Path], reporter: Report
 
 def _source(config: SourceConfig, path: Path, split: str | None) -> Source:
     declared = _declared_files(path)
-    files = declared.get(split or "train") or find_files(path, split=split)
+    wanted = split or "train"
+    files = declared.get(WORDS.get(wanted, wanted)) or find_files(path, split=split)
     if config.sha1 is not None:
         _check_sha1(files[0], config.sha1)
     return Source(config, tuple(files))
@@ -101,9 +103,16 @@ def _declared_files(path: Path) -> dict[str, list[Path]]:
     """The files of each split as the card of a data set from a hub declares them."""
     if not (path / "README.md").is_file():
         return {}
+    try:
+        found = {
+            WORDS.get(split, split): sorted({f for pattern in patterns for f in path.glob(pattern)})
+            for split, patterns in declared_splits(path).items()
+        }
+    except (ValueError, IndexError):  # patterns that pathlib does not take
+        return {}
     return {
-        split: sorted({file for pattern in patterns for file in path.glob(pattern)})
-        for split, patterns in declared_splits(path).items()
+        split: [file for file in files if file.is_file() and file.name != "README.md"]
+        for split, files in found.items()
     }
 
 

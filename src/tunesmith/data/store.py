@@ -141,12 +141,16 @@ class TokenStore:
         """Tokens of each sample, all its sequences together."""
         return np.diff(self._offsets[self._sample_offsets])
 
-    def first_supervised_of_samples(self) -> npt.NDArray[np.int64]:
-        """Place of each sample's earliest supervised token in its sequence; huge if it has none."""
+    def first_answer_of_samples(self) -> npt.NDArray[np.int64]:
+        """Place of each sample's earliest answer in its sequence; huge if it has none.
+
+        Where prompts have a weight, a sequence's first run is that of its prompt.
+        """
         starts, stops = self._run_offsets[:-1], self._run_offsets[1:]
         first = np.full(len(starts), np.iinfo(np.int64).max)
         has_runs = stops > starts
-        first[has_runs] = self._arrays["run_first"][starts[has_runs]]
+        skipped = ((stops - starts > 1) & (self.meta["prompt_weight"] > 0)).astype(np.int64)
+        first[has_runs] = self._arrays["run_first"][(starts + skipped)[has_runs]]
         return np.minimum.reduceat(first, self._sample_offsets[:-1])
 
     def longest_of_samples(self) -> npt.NDArray[np.int64]:

@@ -30,7 +30,8 @@ class Limit:
         """The limit for raw text: left open, it is that of the longest other sample, or more."""
         if self.tokens is None or not self.is_auto:
             return self.tokens
-        pieces = min(longest_text, TEXT_TOKENS, self.tokens)
+        is_split = self.overlong in ("auto", "split")
+        pieces = min(longest_text, TEXT_TOKENS if is_split else longest_text, self.tokens)
         return max(min(longest_answer, self.tokens), pieces, 8)
 
 

@@ -40,12 +40,12 @@ def install_template(tokenizer: Tokenizer, choice: str = "auto", folder: Path | 
     path = (folder or Path()) / choice
     try:
         tokenizer.chat_template = path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         near = difflib.get_close_matches(choice, ["auto", "plain", *NAMED], n=1)
         raise RecipeError(
             "recipe.template",
             "data.template",
-            found=f"{choice}: {error.strerror}",
+            found=f"{choice}: {getattr(error, 'strerror', None) or error}",
             expected=f"auto, plain, {', '.join(NAMED)}, or a readable .jinja file",
             try_=f"did you mean {near[0]}?" if near else None,
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from jinja2 import TemplateSyntaxError
@@ -53,7 +54,8 @@ def _thinking(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Json]:
     if data.thinking == "auto":
         return {}
     source = str(tokenizer.chat_template)
-    switches = [name for name in THINKING_SWITCHES if name in source]
+    # A variable, not a field such as `message.thinking`.
+    switches = [n for n in THINKING_SWITCHES if re.search(rf"(?<![.\w'\"]){n}\b", source)]
     if not switches:
         raise RecipeError(
             "recipe.thinking",
