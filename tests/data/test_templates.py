@@ -227,7 +227,9 @@ def test_weights_reach_the_runs(byte_tokenizer: Any) -> None:
     assert [weight for _, _, weight in sequence.runs] == [0.25, 1.0]
 
 
-@pytest.mark.parametrize("name", ["bytes", "qwen3", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["bytes", "qwen3", pytest.param("deepseek_v3", marks=pytest.mark.slow)]
+)
 def test_special_tokens_in_the_text(name: str, tokenizer_named: Callable[[str], Any]) -> None:
     """They are encoded as the text they are; apart from them the tokens are the template's own."""
     tokenizer = tokenizer_named(name)
@@ -592,6 +594,7 @@ def test_an_assistant_message_without_content_is_rendered(byte_tokenizer: Any) -
     assert byte_tokenizer.decode(before).startswith("<|im_start|>user\n<|im_end|>\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "llama3_1", "deepseek_v3"])
 def test_bare_prompts_keep_their_own_tokens(tokenizers_folder: Path, name: str) -> None:
     """Prompts may end anywhere, in two spaces for one: alone and in training they are the same."""
