@@ -15,6 +15,7 @@ from tunesmith.data.order import (
     stream_seed,
 )
 from tunesmith.data.plan import num_validation
+from tunesmith.errors import DataError
 
 GOLDEN_SEEDS = [7, 7191089600892374487, 11777423816826542271]
 HASHES = np.random.Generator(np.random.PCG64(0)).integers(0, 2**64, 2000, dtype=np.uint64)
@@ -226,11 +227,17 @@ def test_drop_leaked() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "count", "expected"),
-    [(0.1, 100, 10), (0.1, 3, 1), (0.9, 2, 1), (5, 100, 5), (0, 100, 0), (500, 100, 99)],
+    [(0.1, 100, 10), (0.1, 3, 1), (0.9, 2, 1), (5, 100, 5), (0, 100, 0), (99, 100, 99)],
 )
 def test_number_held_out(asked: float, count: int, expected: int) -> None:
     data = DataConfig.model_validate({"train": "d", "validation": asked})
     assert num_validation(data, count) == expected
+
+
+def test_all_rows_cannot_be_held_out() -> None:
+    data = DataConfig.model_validate({"train": "d", "validation": 100})
+    with pytest.raises(DataError, match="100 rows to hold out of 100"):
+        num_validation(data, 100)
 
 
 def test_files_of_their_own_hold_nothing_out() -> None:
