@@ -89,8 +89,8 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     max_steps = values.recipe.train.max_steps
     keys = [fingerprint(source, config), store.content_key]
     keys += [validation_store.content_key] if validation_store else []
-    if len(split.shares) > 1:  # a registry may change them without the recipe
-        keys.append("+".join(f"{share.draws}of{share.size}" for share in split.shares))
+    # A registry may change what sources give without a change in the recipe.
+    keys.append("+".join(f"{share.draws}of{share.size}" for share in split.shares))
     num_steps = loader.steps_per_epoch * number(values.recipe.train.epochs)
     return Job(
         source=source,
@@ -251,11 +251,15 @@ def _look_at_rows(sources: Sources, renderer: Renderer, reporter: Reporter) -> l
     ]
     with reporter.waiting("Looking at the first rows"):
         findings = look_at_start(rows, renderer.specials).findings
+    if not findings.counts:
+        return []
     return [
-        f"{count:,} of the first {len(rows):,} rows: {code}: {ADVICE[code]}; first "
-        f"{findings.first[code][0].where}: {findings.first[code][0].found} "
-        "(`tunesmith check` shows all)"
-        for code, count in findings.counts.most_common()
+        f"worth a look in the first {len(rows):,} rows (`tunesmith check` looks at all):",
+        *(
+            f"  {count:,} x {code}, first {findings.first[code][0].where}: "
+            f"{findings.first[code][0].found}: {ADVICE[code]}"
+            for code, count in findings.counts.most_common()
+        ),
     ]
 
 

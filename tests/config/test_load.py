@@ -270,6 +270,19 @@ def test_no_training_files(refusal: Callable[..., RecipeError], data: str) -> No
     assert "registry" in error.expected or "not both" in error.expected
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        "{train: d, validation: [{path: v, weight: 2}]}",
+        "{train: d, replay: {path: general.jsonl, count: 10}}",
+    ],
+)
+def test_weights_without_effect(refusal: Callable[..., RecipeError], data: str) -> None:
+    error = refusal(f"model: m\ndata: {data}\n")
+    assert (error.code, error.where) == ("recipe.bad-value", "mine.yaml:2")
+    assert "only for data to train on" in error.expected
+
+
 # Files that are no recipe
 
 

@@ -53,6 +53,8 @@ def first_samples(loaded: LoadedRecipe, count: int, reporter: Reporter) -> list[
         for source in find_sources(loaded.recipe.data, loaded.locate, reporter).train
         for row in read_samples(source.config, source.files)
     )
+    if loaded.recipe.data.bad_rows == "drop":
+        rows = (row for row in rows if not isinstance(row, Problem))
     first = list(islice(rows, count))
     problems = [row for row in first if isinstance(row, Problem)]
     if problems:
@@ -68,6 +70,9 @@ def show_sample(
     max_length: int | str,
 ) -> None:
     """Prints the sequences of one sample with their counts."""
+    if not sequences:
+        console.print(f"\n{sample.origin}", style="bold", highlight=False)
+        console.print("nothing in it is learned: it is left out", style="yellow", highlight=False)
     for number, sequence in enumerate(sequences, start=1):
         total, learned = len(sequence.ids), sum(run[1] for run in sequence.runs)
         part = f", sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""

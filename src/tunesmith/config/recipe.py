@@ -196,6 +196,14 @@ class DataConfig(Strict):
             raise ValueError("a path (`train`), or a `registry` with `names`")
         if bool(self.names) != (self.registry is not None):
             raise ValueError("`registry` and `names` together")
+        others = list(self.validation) if isinstance(self.validation, list) else []
+        others += [self.replay.source] if self.replay else []
+        for source in others:
+            if source.weight != 1.0 or source.count is not None:
+                raise ValueError(
+                    f"`weight` and `count` only for data to train on, not for {source.label}: "
+                    "validation takes every row once, `replay.share` says how much is replayed"
+                )
         return self
 
 

@@ -13,7 +13,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
+from operator import not_
 from typing import Any
 
 import numpy as np
@@ -76,11 +77,10 @@ class Outlines:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [as_ids(encoding.ids) for encoding in encodings]
         is_fast = [fast.can_encode(text) for text in texts]
-        quick = iter(fast.encode([text for text, fits in zip(texts, is_fast, strict=True) if fits]))
-        return [
-            next(quick) if fits else as_ids(self._ids(text))
-            for text, fits in zip(texts, is_fast, strict=True)
-        ]
+        quick = iter(fast.encode(list(compress(texts, is_fast))))
+        others = list(compress(texts, map(not_, is_fast)))
+        slow = iter(self.backend.encode_batch_fast(others, add_special_tokens=False))
+        return [next(quick) if fits else as_ids(next(slow).ids) for fits in is_fast]
 
     def steps_of(self, skeleton: Skeleton, texts: Sequence[str]) -> tuple[Steps, ...] | None:
         """The steps of a sample's sequences; None if it has to be encoded whole."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.config.recipe import DataConfig, SourceConfig
-from tunesmith.data.readers import find_files, named_splits
+from tunesmith.data.readers import all_files, find_files, named_splits
 from tunesmith.data.readers.hub import declared_splits, fetch_dataset, parse_hub_id
 from tunesmith.data.readers.splits import WORDS
 from tunesmith.data.registry import read_registry
@@ -59,6 +59,7 @@ def find_sources(data: DataConfig, locate: Callable[[str], Path], reporter: Repo
         configs += read_registry(locate(data.registry), data.names)
     found = [_place(config, locate, reporter) for config in configs]
     train = tuple(_source(*place) for place in found)
+    _say_what_is_left_out(found, train, reporter)
     held_out: list[Source] = []
     if isinstance(data.validation, list):
         held_out = [_source(*_place(config, locate, reporter)) for config in data.validation]
@@ -86,6 +87,18 @@ def _source(config: SourceConfig, path: Path, split: str | None) -> Source:
     if config.sha1 is not None:
         _check_sha1(files[0], config.sha1)
     return Source(config, tuple(files))
+
+
+def _say_what_is_left_out(
+    places: Sequence[Place], sources: Sequence[Source], reporter: Reporter
+) -> None:
+    """A folder with named splits is read in part: that must not go unseen."""
+    for (config, path, split), source in zip(places, sources, strict=True):
+        if path.is_dir() and len(source.files) < (total := len(all_files(path))):
+            reporter.note(
+                f"{config.label}: {len(source.files):,} of {total:,} files are trained on, those "
+                f"of split {split or 'train'}"
+            )
 
 
 def _own_validation(config: SourceConfig, path: Path, split: str | None) -> list[Source]:

@@ -45,7 +45,7 @@ def find_files(path: Path, *, split: str | None = None) -> list[Path]:
     """
     if not path.is_dir():
         return _files_of_file(path, split)
-    files = _all_files(path)
+    files = all_files(path)
     splits = by_split(files, path)
     if not splits and split is None:
         return files
@@ -58,7 +58,7 @@ def find_files(path: Path, *, split: str | None = None) -> list[Path]:
 
 def named_splits(path: Path) -> dict[str, list[Path]]:
     """The files of each split of a folder (train, validation, test); {} if it has none."""
-    return by_split(_all_files(path), path) if path.is_dir() else {}
+    return by_split(all_files(path), path) if path.is_dir() else {}
 
 
 def total_bytes(files: Iterable[Path]) -> int:
@@ -104,7 +104,8 @@ def _files_of_file(path: Path, split: str | None) -> list[Path]:
     return [path]
 
 
-def _all_files(folder: Path) -> list[Path]:
+def all_files(folder: Path) -> list[Path]:
+    """Every data file of a folder, whatever its split."""
     files: list[Path] = []
     for path in sorted(_walk(folder)):
         if is_mindrecord(path):
