@@ -72,7 +72,7 @@ def test_bad_rows_end_with_2(check: Callable[..., Result]) -> None:
     result = check("bad.jsonl")
     assert result.exit_code == 2
     assert "\nbad.jsonl:6: data.json: found broken JSON" in result.stdout
-    assert "\nbad.jsonl:5: data.duplicate: found the same as row 1; expected" in result.stdout
+    assert "\nbad.jsonl:5: data.duplicate: found the same as line 1; expected" in result.stdout
     assert "bad.jsonl: 5 samples, 1 unusable row" in result.stdout
     assert "cannot be used: training stops" in result.stdout
     assert "try: --fix clean.jsonl" in result.stdout

@@ -84,8 +84,8 @@ def test_copies_in_training_and_validation(check: Callable[..., Checked]) -> Non
     assert found(report, "data.leak")[0][0] == "train.jsonl:1"
     assert "held_out.jsonl:1" in found(report, "data.leak")[0][1]
     duplicates = [
-        ("train.jsonl:10", "the same as row 1"),
-        ("held_out.jsonl:2", "the same as row 1"),
+        ("train.jsonl:10", "the same as line 1"),
+        ("held_out.jsonl:2", "the same as line 1"),
     ]
     assert set(duplicates) < set(found(report, "data.duplicate"))
     assert {(Path(origin.path).name, origin.line) for origin in dropped.rows} == {
@@ -102,7 +102,7 @@ def test_nearly_equal_rows(check: Callable[..., Checked]) -> None:
     assert found(report, "data.near-leak")[0][0] == "held_out.jsonl:1"
     assert not dropped.rows
     report, _ = check([turn("a?", long), turn("a?", long + "So.")])
-    assert found(report, "data.near-duplicate") == [("train.jsonl:2", "nearly the same as row 1")]
+    assert found(report, "data.near-duplicate") == [("train.jsonl:2", "nearly the same as line 1")]
 
 
 def test_a_long_system_message_makes_no_duplicates(check: Callable[..., Checked]) -> None:

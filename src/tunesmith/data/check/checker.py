@@ -324,7 +324,9 @@ class Checker:
         """A row as seen from another one."""
         one, other = self.places[here], self.places[there]
         is_near = (one.path, one.sheet) == (other.path, other.sheet)
-        return f"row {other.line}" if is_near else str(other)
+        if not is_near:
+            return str(other)
+        return f"row {other.line}" if other.sheet else f"line {other.line}"
 
     def _trains(self, index: int) -> bool:
         return self.source_of[index] < self.num_training
