@@ -297,11 +297,14 @@ def test_a_held_workplace_is_left_alone(
 def test_memory_is_bounded(
     inputs: Callable[..., StoreInputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten times the rows take no more memory: a shard and a few batches stand in it at a time."""
+    """More rows take no more memory: a shard and a few batches stand in it at a time.
+
+    The smaller file is long enough to fill what is bounded: read-ahead and the caches.
+    """
     monkeypatch.setattr("tunesmith.data.build.SHARD_SAMPLES", 100)
     monkeypatch.setattr("tunesmith.data.encode.BATCH_SAMPLES", 20)
     peaks: list[int] = []
-    for count in (300, 3000):
+    for count in (1000, 3000):
         path = tmp_path / f"{count}.jsonl"
         with path.open("w") as file:
             for index in range(count):
@@ -311,7 +314,7 @@ def test_memory_is_bounded(
         open_store(made, SilentReporter())
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0] + (1 << 20)
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 # Raw text
