@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 
 from tunesmith.config.auto import AUTO_KEYS, Facts, Resolved, number, resolve
+from tunesmith.config.budget import SAFE_SHARE, Needs, Plan
 from tunesmith.config.load import LoadedRecipe, flatten
-from tunesmith.config.recipe import Recipe, SourceConfig
+from tunesmith.config.recipe import FullConfig, Recipe, SourceConfig
 from tunesmith.data.build import open_store
 from tunesmith.data.check.checker import look_at_start
 from tunesmith.data.check.findings import ADVICE
@@ -22,7 +24,7 @@ from tunesmith.data.store import StoreInputs, TokenStore
 from tunesmith.data.templates import Renderer, build_renderer
 from tunesmith.errors import ModelError
 from tunesmith.io.cache import cache_folder
-from tunesmith.model.device import Device, find_device
+from tunesmith.model.device import Device, find_compiler, find_device, used_memory_bytes
 from tunesmith.model.load import (
     ModelSource,
     check_weights_exist,
@@ -31,8 +33,14 @@ from tunesmith.model.load import (
     load_config,
     load_tokenizer,
 )
-from tunesmith.model.memory import Needs, Sizes, estimate_needs, measure_config
-from tunesmith.types import Json, Reporter, Tokenizer
+from tunesmith.model.memory import (
+    Sizes,
+    StepBytes,
+    estimate_needs,
+    measure_config,
+    refine_needs,
+)
+from tunesmith.types import Json, PackedBatch, Reporter, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,26 @@ class Job:
     resolved: Resolved
     split: Split
     sizes: Sizes
-    needs: Needs
+    facts: Facts
     device: Device
     loader: Loader
     data_key: str
     num_steps: int
+    predicted_bytes: int
+    """The peak of memory while training: of the largest of some steps looked at.
+
+    `plan` holds what the largest step possible would take."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences, those to validate on included."""
+        stores = (self.split.train_store, self.split.validation_store)
+        return sum(int(store.lengths().sum()) for store in dict.fromkeys(stores))
+
+    @property
+    def plan(self) -> Plan:
+        """How a step fits into memory."""
+        return self.resolved.plan
 
 
 def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = None) -> Job:
@@ -79,19 +102,27 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
         _check_ids(each, sizes, source)
     asked = recipe.model.dtype
     is_bf16 = device.has_fast_bf16 if asked == "auto" else asked == "bfloat16"
-    needs = estimate_needs(sizes, recipe, is_bf16=is_bf16)
-    values = Resolved(resolved, {}) if resolved is not None else None
-    values = values or resolve(
-        recipe, _facts((store, validation_store), sources, sizes, needs, device)
+    needs = estimate_needs(
+        sizes,
+        recipe if resolved is None else resolved,
+        is_bf16=is_bf16,
+        device_kind=device.kind,
+        used_bytes=0 if device.kind == "cuda" else used_memory_bytes(device),
     )
+    facts = _facts((store, validation_store), sources, sizes, needs, device)
+    facts = replace(facts, seconds_per_token=_seconds_per_token(recipe, sizes, device))
+    # An earlier start has no `auto` left: then this only plans its memory again, to predict it.
+    values = resolve(recipe if resolved is None else resolved, facts)
     configs = [each.config for each in sources.stored]
-    loader, split = _split(values.recipe, configs, store, validation_store)
+    loader, split = _split(values.recipe, configs, (store, validation_store), device)
     max_steps = values.recipe.train.max_steps
     keys = [fingerprint(source, config), store.content_key]
     keys += [validation_store.content_key] if validation_store else []
     # A registry may change what sources give without a change in the recipe.
     keys.append("+".join(f"{share.draws}of{share.size}" for share in split.shares))
     num_steps = loader.steps_per_epoch * number(values.recipe.train.epochs)
+    if max_steps is not None:
+        num_steps = min(num_steps, max_steps)
     return Job(
         source=source,
         tokenizer=tokenizer,
@@ -102,12 +133,25 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
         resolved=values,
         split=split,
         sizes=sizes,
-        needs=needs,
+        facts=facts,
         device=device,
         loader=loader,
         data_key="-".join(keys),
-        num_steps=num_steps if max_steps is None else min(num_steps, max_steps),
+        num_steps=num_steps,
+        predicted_bytes=_predict(loader, num_steps, needs, values.plan),
     )
+
+
+LOOKED_AT_STEPS = 16
+"""So many steps, spread over an epoch, show how large micro-batches come to be."""
+
+
+def _predict(loader: Loader, num_steps: int, needs: Needs, plan: Plan) -> int:
+    steps = min(num_steps, loader.steps_per_epoch)
+    chosen = {steps * part // LOOKED_AT_STEPS for part in range(LOOKED_AT_STEPS)} if steps else {0}
+    batches = [micro for step in chosen for micro in loader.batch(step).micro_batches]
+    largest = max((batch.num_stored_tokens for batch in batches), default=0)
+    return needs.peak_bytes(largest, plan.levels)
 
 
 def _check_ids(store: TokenStore, sizes: Sizes, source: ModelSource) -> None:
@@ -128,8 +172,6 @@ def _facts(
     needs: Needs,
     device: Device,
 ) -> Facts:
-    # 40 % of the memory is left to the system, the head's logits, and error of the estimate.
-    free_bytes = int(0.6 * device.memory_bytes) - needs.weight_bytes - needs.optimizer_bytes
     rows = np.bincount(stores[0].sample_sources, minlength=len(sources.train))
     rows = rows[: len(sources.train)].tolist()  # without replay
     draws = [
@@ -147,9 +189,84 @@ def _facts(
         hidden_size=sizes.hidden_size,
         device_kind=device.kind,
         has_fast_bf16=device.has_fast_bf16,
-        free_bytes=free_bytes,
-        activation_bytes_per_token=needs.activation_bytes_per_token,
+        memory_bytes=device.memory_bytes,
+        needs=needs,
+        longest_samples=_longest_samples(stores),
+        tokens_per_row=float(stores[0].lengths().sum()) / max(len(stores[0].sample_sources), 1),
+        compiler=find_compiler(device),
     )
+
+
+REACHED_SHARE = {"cpu": 0.3, "cuda": 0.4, "mps": 0.3}
+"""Of a device's rate in large products, what training reaches: for a first guess of its time."""
+
+
+def _seconds_per_token(recipe: Recipe, sizes: Sizes, device: Device) -> float:
+    """A guess of a training step's time that is right within a factor of two or three.
+
+    Forward and backward take 6 operations a parameter and token, 4 if the weights are frozen.
+    """
+    per_token = (6 if isinstance(recipe.method, FullConfig) else 4) * sizes.num_parameters
+    return per_token / (REACHED_SHARE[device.kind] * device.measure_flops())
+
+
+TIGHT_SHARE = 0.5
+"""A predicted peak above this share of the memory is worth two small steps to know it better."""
+
+
+def fit_memory(job: Job, measure: Callable[[int], StepBytes]) -> Job:
+    """Plans memory again from steps on the loaded model, if that may change something.
+
+    On a CPU with plenty of memory the estimate is good enough and two more steps would only delay
+    the start; on a GPU they take milliseconds and memory is what limits it. What an earlier start
+    wrote down stays: exact resume needs the same micro-batches.
+
+    Args:
+        job: with the estimate.
+        measure: runs a forward and backward of so many tokens, nothing recomputed, and one
+            supervised row.
+    """
+    is_open = any(key in job.resolved.reasons for key in PLANNED_KEYS)
+    is_tight = job.plan.predicted_bytes > TIGHT_SHARE * job.facts.memory_bytes
+    if not is_open or not (is_tight or job.device.kind == "cuda"):
+        return job
+    sizes = (64, 192) if job.device.kind == "cpu" else (1024, 3072)
+    facts = replace(job.facts, needs=refine_needs(job.facts.needs, measure, sizes))
+    return _replan(job, facts)
+
+
+def _replan(job: Job, facts: Facts) -> Job:
+    """The job with those planned values that were `auto` chosen anew."""
+    recipe = job.resolved.recipe
+    chosen = {k.removeprefix("train."): "auto" for k in PLANNED_KEYS if k in job.resolved.reasons}
+    open_recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=chosen)})
+    found = resolve(open_recipe, facts)
+    reasons = {**job.resolved.reasons, **found.reasons}
+    tokens = number(found.recipe.train.micro_batch_tokens)
+    loader = replace(job.loader, micro_batch_tokens=tokens)
+    return replace(
+        job,
+        resolved=Resolved(found.recipe, reasons, found.plan),
+        facts=facts,
+        loader=loader,
+        predicted_bytes=_predict(loader, job.num_steps, facts.needs, found.plan),
+    )
+
+
+PLANNED_KEYS = ("train.micro_batch_tokens", "train.checkpointing", "train.checkpointed_layers")
+
+
+def _longest_samples(stores: tuple[TokenStore, TokenStore | None]) -> tuple[int, ...]:
+    """Tokens of the 256 longest samples, the longest one first.
+
+    None are told if samples may come in several pieces, which a step then has at once.
+    """
+    known = [store for store in stores if store is not None]
+    lengths = np.concatenate([store.longest_of_samples() for store in known])
+    num_sequences = sum(len(store.lengths()) for store in known)
+    if num_sequences > len(lengths) or any(store.is_text.any() for store in known):
+        return ()
+    return tuple(np.sort(lengths)[:-257:-1].tolist())
 
 
 def _longest(store: TokenStore) -> tuple[int, int]:
@@ -158,18 +275,21 @@ def _longest(store: TokenStore) -> tuple[int, int]:
     return int(lengths[~is_text].max(initial=0)), int(lengths[is_text].max(initial=0))
 
 
+PAD_ROWS = 64
+"""oneDNN makes some 55 kernels for every new number of rows, 0.1 s and 30 MB of them: multiples of
+this cost 1 % more rows at 1,300 and come again and again."""
+
+
 def _split(
     recipe: Recipe,
     sources: list[SourceConfig],
-    store: TokenStore,
-    validation_store: TokenStore | None,
+    stores: tuple[TokenStore, TokenStore | None],
+    device: Device,
 ) -> tuple[Loader, Split]:
     train, max_length = recipe.train, number(recipe.data.max_length)
-    split = make_split(
-        recipe.data, sources, (store, validation_store), max_length=max_length, seed=train.seed
-    )
+    split = make_split(recipe.data, sources, stores, max_length=max_length, seed=train.seed)
     loader = Loader(
-        store=store,
+        store=stores[0],
         samples=split.train,
         global_batch=number(train.global_batch),
         micro_batch_tokens=number(train.micro_batch_tokens),
@@ -178,11 +298,23 @@ def _split(
         shares=split.shares,
         mix=recipe.data.mix,
         overlong=recipe.data.overlong,
+        pad_to=PAD_ROWS if device.kind == "cpu" else 1,
+        # Dropout draws numbers per row: a shared prefix would draw once for all.
+        share_prefixes=getattr(recipe.method, "dropout", 0.0) == 0.0,
     )
     return loader, split
 
 
-def overview(job: Job, asked: Recipe) -> dict[str, Json]:
+def validation_batches(job: Job, loader: Loader) -> Callable[[], Iterable[PackedBatch]] | None:
+    """The batches to validate on, anew on each call; None where nothing is held out."""
+    split = job.split
+    if not len(split.validation):
+        return None
+    held_out = replace(loader, store=split.validation_store, samples=split.validation)
+    return replace(held_out, shares=(), mix="shuffle").all_batches
+
+
+def overview(job: Job, asked: Recipe, more_notes: Sequence[str] = ()) -> dict[str, Json]:
     """What a run will do, for the start event and `tunesmith plan`."""
     split, store = job.split, job.split.train_store
     text = (
@@ -191,7 +323,7 @@ def overview(job: Job, asked: Recipe) -> dict[str, Json]:
         f"template: {job.template}"
     )
     notes = [f"{count:,} samples: {note}" for note, count in job.notes.items()]
-    notes += [*_mixture(job), *job.findings]
+    notes += [*_mixture(job), *job.findings, *more_notes]
     if asked.evaluate.early_stopping is not None and not len(split.validation):
         notes.append("evaluate.early_stopping has no effect: no rows are held out to validate on")
     most, counts = f"longer than {job.loader.max_length} tokens", split.counts
@@ -211,6 +343,11 @@ def overview(job: Job, asked: Recipe) -> dict[str, Json]:
     ):
         if count:
             notes.append(f"{count:,} samples {what}")
+    if not job.plan.fits:
+        notes.append(
+            f"the predicted peak of memory, {job.plan.predicted_bytes / 2**30:.1f} GiB, is over "
+            f"{SAFE_SHARE:.0%} of the {job.plan.memory_bytes / 2**30:.1f} GiB there are"
+        )
     wanted, values = flatten(asked.model_dump()), flatten(job.resolved.recipe.model_dump())
     auto: dict[str, Json] = {k: values[k] for k in AUTO_KEYS if wanted.get(k) == "auto"}
     reasons: dict[str, Json] = {k: job.resolved.reasons.get(k, "as before") for k in auto}
@@ -221,6 +358,7 @@ def overview(job: Job, asked: Recipe) -> dict[str, Json]:
         "notes": list(notes),
         "auto": auto,
         "reasons": reasons,
+        "predicted_peak_bytes": job.predicted_bytes,
     }
 
 

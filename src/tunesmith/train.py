@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from tunesmith.config.load import LoadedRecipe
 from tunesmith.config.recipe import LoraConfig
-from tunesmith.data.loader import Loader
 from tunesmith.engine.checkpoint import Checkpoints
 from tunesmith.engine.events import EventLog, read_events
 from tunesmith.engine.loop import Run, fit, restore
@@ -25,11 +23,10 @@ from tunesmith.engine.state import TrainState
 from tunesmith.evaluate.plots import plot_loss
 from tunesmith.export.result import result_card, write_result
 from tunesmith.io.lock import directory_lock
-from tunesmith.job import Job, overview, prepare
-from tunesmith.model.adapters import attach, load_weights, save_weights, trainable_parameters
-from tunesmith.model.device import peak_memory_bytes
-from tunesmith.model.load import PACKED_ATTENTION, load_model
-from tunesmith.model.packing import check_packing
+from tunesmith.job import Job, fit_memory, overview, prepare, validation_batches
+from tunesmith.model.adapters import load_weights, save_trained
+from tunesmith.model.build import build_model
+from tunesmith.model.device import HeapTrimmer, peak_memory_bytes, prepare_machine
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.types import Json, Listener, Reporter, SilentReporter
 
@@ -52,11 +49,11 @@ def train(
         if run_dir.summary is not None:
             return run_dir, run_dir.summary
         job = prepare(loaded, reporter, run_dir.resolved(loaded.recipe))
-        run_dir.save_recipes(loaded.recipe, job.resolved.recipe, job.resolved.reasons)
         with EventLog(run_dir.events, listeners) as events, StopSignal() as stop:
-            run = build(job, run_dir, events, stop, reporter)
+            run, job, notes = build(job, run_dir, events, stop, reporter)
+            run_dir.save_recipes(loaded.recipe, job.resolved.recipe, job.resolved.reasons)
             state = restore(run, job.data_key)
-            events.emit("start", state.step, overview(job, loaded.recipe))
+            events.emit("start", state.step, overview(job, loaded.recipe, notes))
             state = fit(run, state)
             summary = finish(run, run_dir, job, state)
             events.emit("done", state.step, summary)
@@ -65,48 +62,51 @@ def train(
 
 def build(
     job: Job, run_dir: RunDirectory, events: EventLog, stop: StopSignal, reporter: Reporter
-) -> Run:
-    """Model -> objective -> run: loads the weights and puts all parts together."""
+) -> tuple[Run, Job, tuple[str, ...]]:
+    """Model -> objective -> run: loads the weights and puts all parts together.
+
+    Returns:
+        the run, the job (with another plan if two small steps said so), and notes for the user.
+    """
     recipe, device = job.resolved.recipe, job.device.torch_device
-    is_bf16 = recipe.model.dtype == "bfloat16"
-    is_lora = isinstance(recipe.method, LoraConfig)
-    # Full tuning keeps fp32 weights: bfloat16 would round small updates away.
-    dtype = "bfloat16" if is_bf16 and is_lora else "float32"
+    prepare_machine(job.device)
     with reporter.waiting(f"Loading {job.source.label}"):
-        base = load_model(job.source, dtype=dtype, attention=PACKED_ATTENTION)
-        check_packing(base, job.source.label)
-        seed_run(recipe.train.seed)
-        model = attach(base, recipe.method, job.source.revision).to(device)
-    parameters = trainable_parameters(model)
-    validation = Loader(
-        job.split.validation_store,
-        job.split.validation,
-        job.loader.global_batch,
-        job.loader.micro_batch_tokens,
-        job.loader.max_length,
-        job.loader.seed,
-        overlong=job.loader.overlong,
-    )
-    return Run(
-        recipe=recipe,
-        model=model,
-        parameters=parameters,
-        objective=OBJECTIVES[recipe.objective.name](),
-        optimizer=build_optimizer(parameters, recipe.train),
-        loader=job.loader,
-        validation=validation.all_batches if len(job.split.validation) else None,
+        built = build_model(
+            job.source,
+            recipe,
+            device,
+            num_tokens=job.num_tokens,
+            seed=lambda: seed_run(recipe.train.seed),
+        )
+    options = recipe.objective.model_dump(exclude={"name"})
+    objective = OBJECTIVES[recipe.objective.name](**options, trunk=built.trunk)
+    job = fit_memory(job, lambda tokens: built.measure_memory(objective.step, tokens))
+    built.set_levels(job.plan.levels)
+    # The cuts of shared prefixes move from epoch to epoch: a cached trunk would never find them.
+    shares = job.loader.share_prefixes and built.trunk is None
+    loader = replace(job.loader, share_prefixes=shares)
+    run = Run(
+        recipe=job.resolved.recipe,
+        model=built.model,
+        parameters=built.parameters,
+        objective=objective,
+        optimizer=build_optimizer(built.parameters, recipe.train),
+        loader=loader,
+        validation=validation_batches(job, loader),
         checkpoints=Checkpoints(
             run_dir.checkpoints,
             recipe.checkpoint.keep,
-            lambda folder: save_weights(model, folder),
-            lambda folder: load_weights(model, folder),
+            lambda folder: save_trained(built.model, folder),
+            lambda folder: load_weights(built.model, folder),
         ),
         events=events,
         stop=stop,
         device=device,
-        autocast_dtype=torch.bfloat16 if is_bf16 else None,
+        autocast_dtype=built.autocast_dtype,
         num_steps=job.num_steps,
+        after_step=HeapTrimmer(job.device, job.predicted_bytes).after_step,
     )
+    return run, job, built.notes
 
 
 def finish(run: Run, run_dir: RunDirectory, job: Job, state: TrainState) -> dict[str, Json]:

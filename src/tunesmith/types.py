@@ -5,12 +5,12 @@ Shape letters: T tokens of a packed batch, N supervised rows of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, cast
 
 if TYPE_CHECKING:
     import torch
@@ -145,9 +145,20 @@ class Span:
 
 @dataclass(frozen=True)
 class Segments:
-    """The segment table of a packed batch: how many tokens each sequence has, as host integers."""
+    """The segment table of a packed batch, as host integers.
+
+    A segment may continue an earlier one, its parent: it sees the tokens of the parent, of the
+    parent's parent and so on, and its positions go on from there. So a prefix that many sequences
+    share is there once; a sequence is a segment without children, after all its ancestors. A parent
+    may also be a whole sequence itself: then another one goes on from it.
+
+    Args:
+        lengths: tokens of each segment.
+        parents: for each segment the index of an earlier one, or -1; empty if none has a parent.
+    """
 
     lengths: tuple[int, ...]
+    parents: tuple[int, ...] = ()
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -156,8 +167,28 @@ class Segments:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest segment."""
+        """Tokens of the longest segment, without its ancestors."""
         return max(self.lengths)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Position of each segment's first token: the tokens of all its ancestors."""
+        offsets: list[int] = []
+        for parent in self.parents or [-1] * len(self.lengths):
+            offsets.append(0 if parent < 0 else offsets[parent] + self.lengths[parent])
+        return tuple(offsets)
+
+    @cached_property
+    def reach(self) -> int:
+        """Tokens of the longest segment with its ancestors."""
+        return max(map(sum, zip(self.offsets, self.lengths, strict=True)))
+
+    def ancestors(self, segment: int) -> tuple[int, ...]:
+        """The segments before a segment, the first one first."""
+        found: list[int] = []
+        while self.parents and (segment := self.parents[segment]) >= 0:
+            found.append(segment)
+        return tuple(reversed(found))
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int, int], ...]:
@@ -172,16 +203,18 @@ class Segments:
         return tuple(runs)
 
     @cached_property
-    def _cumulative(self) -> dict[torch.device, torch.Tensor]:
+    def memo(self) -> dict[Hashable, object]:
+        """What others derive from the table and keep as long as it lives."""
         return {}
 
     def cumulative(self, device: torch.device) -> torch.Tensor:
         """`starts` as an int32 tensor, made once per device (varlen attention reads it)."""
-        if device not in self._cumulative:
-            import torch
+        import torch
 
-            self._cumulative[device] = torch.tensor(self.starts, dtype=torch.int32, device=device)
-        return self._cumulative[device]
+        key = ("cumulative", device)
+        if key not in self.memo:
+            self.memo[key] = torch.tensor(self.starts, dtype=torch.int32, device=device)
+        return cast("torch.Tensor", self.memo[key])
 
 
 @dataclass(frozen=True)
@@ -189,7 +222,12 @@ class PackedBatch:
     """Sequences laid end to end without padding, and the list of what is supervised.
 
     Row `row_N[i]` of the hidden states predicts `target_N[i]` with loss weight `weight_N[i]`, for
-    sample `sample_N[i]`.
+    sample `sample_N[i]`. A row that ends a shared prefix predicts the first token of each child, so
+    it stands there more than once.
+
+    Args:
+        num_tokens: tokens of all sequences, each counted whole: the work that was asked for.
+            Shared prefixes make the rows that are computed fewer, the tail makes them more.
     """
 
     ids_T: torch.Tensor
@@ -199,18 +237,19 @@ class PackedBatch:
     target_N: torch.Tensor
     weight_N: torch.Tensor
     sample_N: torch.Tensor
+    num_tokens: int
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens in the batch, all of them real."""
+    def num_stored_tokens(self) -> int:
+        """Rows that are computed: a shared prefix counts once, and a tail of padding counts."""
         return int(self.ids_T.numel())
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on another device."""
-        return PackedBatch(
+        return replace(
+            self,
             ids_T=self.ids_T.to(device, non_blocking=True),
             position_T=self.position_T.to(device, non_blocking=True),
-            segments=self.segments,
             row_N=self.row_N.to(device, non_blocking=True),
             target_N=self.target_N.to(device, non_blocking=True),
             weight_N=self.weight_N.to(device, non_blocking=True),
@@ -220,7 +259,10 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """All micro-batches of one optimizer step, with the weight that the loss is divided by."""
+    """All micro-batches of one optimizer step, with the weight that the loss is divided by.
+
+    `num_tokens` and `num_stored_tokens` are the sums of those of the micro-batches.
+    """
 
     epoch: int
     sample_ids: tuple[int, ...]
@@ -228,6 +270,11 @@ class GlobalBatch:
     supervised_weight: float
     num_supervised: int
     num_tokens: int
+
+    @property
+    def num_stored_tokens(self) -> int:
+        """Rows that are computed in this step."""
+        return sum(batch.num_stored_tokens for batch in self.micro_batches)
 
 
 # Events

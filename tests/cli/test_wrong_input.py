@@ -23,7 +23,7 @@ def run(
     def no_weights(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were loaded before the input was checked")
 
-    monkeypatch.setattr("tunesmith.train.load_model", no_weights)
+    monkeypatch.setattr("tunesmith.model.build.load_model", no_weights)
 
     def call(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["tunesmith", *(str(item) for item in arguments)])

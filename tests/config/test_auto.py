@@ -7,10 +7,19 @@ from typing import Any
 import pytest
 
 from tunesmith.config.auto import AUTO_KEYS, EPOCHS_BY_ROWS, Facts, number, resolve
+from tunesmith.config.budget import Needs
 from tunesmith.config.load import flatten, recipe_from
 from tunesmith.config.recipe import LoraConfig, Recipe, Strict
 
 ROOT = Path(__file__).resolve().parents[2]
+
+NEEDS = Needs(
+    weight_bytes=1 << 30,
+    optimizer_bytes=0,
+    other_bytes=0,
+    layers={"none": 1 << 17, "mlp": 1 << 16, "full": 1 << 13},
+    num_layers=8,
+)
 
 FACTS = Facts(
     num_rows=1000,
@@ -19,8 +28,11 @@ FACTS = Facts(
     hidden_size=2048,
     device_kind="cpu",
     has_fast_bf16=False,
-    free_bytes=8 << 30,
-    activation_bytes_per_token=1 << 20,
+    memory_bytes=16 << 30,
+    needs=NEEDS,
+    tokens_per_row=100.0,
+    seconds_per_token=1e-3,
+    compiler="g++",
 )
 
 
@@ -62,6 +74,9 @@ GIVEN: dict[str, Any] = {
     "train.epochs": 4,
     "train.global_batch": 6,
     "train.micro_batch_tokens": 123,
+    "train.checkpointing": "mlp",
+    "train.checkpointed_layers": 2,
+    "train.compile": "blocks",
     "train.learning_rate": 0.5,
     "checkpoint.every_steps": 9,
 }
@@ -164,17 +179,64 @@ def test_learning_rate() -> None:
 @pytest.mark.parametrize(
     ("facts", "expected"),
     [
-        ({}, 2048),
-        ({"device_kind": "cuda"}, 6400),  # 80 % of 8192 tokens that fit, in steps of 256
-        ({"device_kind": "cuda", "free_bytes": 1 << 40}, 16384),
-        ({"free_bytes": 1 << 20}, 300),  # the longest sample must go in, whatever it takes
-        ({"free_bytes": -5}, 300),
-        ({"free_bytes": 1 << 20, "longest_tokens": 5000}, 2048),  # cut at max_length
-        ({"activation_bytes_per_token": 0}, 2048),
+        ({}, (2048, "none", 0)),
+        ({"device_kind": "cuda"}, (13568, "none", 0)),  # 1 MiB a token, 13.4 GiB are free
+        ({"device_kind": "cuda", "memory_bytes": 1 << 40}, (16384, "none", 0)),
+        # The longest sample must go in, whatever it takes.
+        ({"memory_bytes": 1 << 30}, (300, "full", 8)),
+        ({"memory_bytes": 0}, (300, "full", 8)),
+        ({"memory_bytes": 0, "longest_tokens": 5000}, (2048, "full", 8)),  # cut at max_length
+        ({"memory_bytes": 3 << 30, "longest_tokens": 2000}, (2048, "mlp", 3)),
     ],
 )
-def test_micro_batch_tokens(facts: dict[str, Any], expected: int) -> None:
-    assert values(recipe(), **facts)["train.micro_batch_tokens"] == expected
+def test_memory(facts: dict[str, Any], expected: tuple[int, str, int]) -> None:
+    found = values(recipe(), **facts)
+    names = ("micro_batch_tokens", "checkpointing", "checkpointed_layers")
+    assert tuple(found[f"train.{name}"] for name in names) == expected
+
+
+def test_what_is_given_is_planned_around() -> None:
+    given = recipe(train={"checkpointing": "full", "checkpointed_layers": 3})
+    plan = resolve(given, FACTS).plan
+    assert plan.levels == ("full",) * 3 + ("mlp",) * 5
+    assert plan.predicted_bytes == (1 << 30) + 2048 * (3 * (1 << 13) + 5 * (1 << 16))
+
+
+def test_off_is_not_false() -> None:
+    assert recipe(train={"compile": False}).train.compile == "off"
+
+
+def test_small_steps_need_little_memory() -> None:
+    # A step of two samples, and one of five: those not listed count as the last one that is.
+    facts = dataclasses.replace(FACTS, longest_samples=(300, 200, 100))
+    plan = resolve(recipe(), facts).plan
+    assert plan.micro_batch_tokens == 2048
+    assert plan.predicted_bytes == (1 << 30) + 500 * 8 * (1 << 17)
+    five = resolve(recipe(train={"global_batch": 5}), facts).plan
+    assert five.predicted_bytes == (1 << 30) + 800 * 8 * (1 << 17)
+
+
+def test_a_resolved_recipe_is_predicted_as_at_its_start() -> None:
+    facts = dataclasses.replace(FACTS, memory_bytes=3 << 30, longest_tokens=2000)
+    first = resolve(recipe(), facts)
+    again = resolve(first.recipe, facts)
+    assert (again.recipe, again.reasons) == (first.recipe, {})
+    assert again.plan.levels == first.plan.levels
+    assert again.plan.predicted_bytes == first.plan.predicted_bytes
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({}, "kernels"),  # 100 rows a step of 100 tokens, 10 epochs: 900 s
+        ({"seconds_per_token": 1e-4}, "off"),
+        ({"compiler": None}, "off"),
+    ],
+)
+def test_compile(facts: dict[str, Any], expected: str) -> None:
+    resolved = resolve(recipe(), dataclasses.replace(FACTS, **facts))
+    assert resolved.recipe.train.compile == expected
+    assert "minutes of training" in resolved.reasons["train.compile"]
 
 
 @pytest.mark.parametrize(

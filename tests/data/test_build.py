@@ -368,8 +368,9 @@ def test_split_texts_predict_every_token_once(
     three_texts: TokenStore, max_length: int, budget: int, global_batch: int, overlong: str
 ) -> None:
     loader = Loader(
-        three_texts, np.arange(3), global_batch, budget, max_length, seed=0, overlong=overlong
-    )
+        three_texts, np.arange(3), global_batch, budget, max_length, seed=0, overlong=overlong,
+        share_prefixes=False,
+    )  # fmt: skip
     batches = [loader.batch(step) for step in range(loader.steps_per_epoch)]
     predicted: dict[int, list[int]] = {0: [], 1: [], 2: []}
     num_predicted = 0

@@ -84,7 +84,9 @@ def test_epochs_of_a_loader(
     """Over any epochs, two samples of a source are seen equally often, or one of them once more."""
     num_used = sum(share.size for share in shares)
     chosen = np.sort(np.random.default_rng(seed).permutation(NUM_SAMPLES)[:num_used])
-    loader = Loader(store, chosen, global_batch, budget, max_length, seed, shares, mix)
+    loader = Loader(
+        store, chosen, global_batch, budget, max_length, seed, shares, mix, share_prefixes=False
+    )
     num_epochs = 3
     seen: Counter[int] = Counter()
     for epoch in range(num_epochs):
@@ -143,7 +145,7 @@ def test_one_source_over_ranks(
 def test_evaluation_sees_every_sample_once(
     store: TokenStore, num_samples: int, budget: int
 ) -> None:
-    loader = Loader(store, np.arange(num_samples), 3, budget, 1000, seed=0)
+    loader = Loader(store, np.arange(num_samples), 3, budget, 1000, seed=0, share_prefixes=False)
     batches = list(loader.all_batches())
     lengths = sorted(length for batch in batches for length in batch.segments.lengths)
     assert lengths == sorted(store.lengths()[:num_samples].tolist())

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -407,6 +408,7 @@ def loader(store_of: Callable[..., TokenStore]) -> Loader:
         micro_batch_tokens=128,
         max_length=10_000,
         seed=0,
+        share_prefixes=False,
     )
 
 
@@ -468,6 +470,7 @@ def test_batches_are_pure_in_the_step(loader: Loader) -> None:
         micro_batch_tokens=128,
         max_length=10_000,
         seed=0,
+        share_prefixes=False,
     )
     for step in (11, 0, 6, 3, 6):
         assert same(fresh.batch(step), forward[step])
@@ -483,14 +486,16 @@ def test_the_sum_of_weights(store_of: Callable[..., TokenStore]) -> None:
 
 
 def test_batches_are_cut_at_max_length(store_of: Callable[..., TokenStore]) -> None:
-    loader = Loader(store_of(LONG_AND_SHORT), np.arange(5), 5, 512, max_length=40, seed=0)
+    loader = Loader(
+        store_of(LONG_AND_SHORT), np.arange(5), 5, 512, 40, seed=0, share_prefixes=False
+    )
     (part,) = loader.batch(0).micro_batches
     assert max(part.segments.lengths) == 40
 
 
 @pytest.mark.parametrize("global_batch", [1, 300])
 def test_all_batches_give_every_sample_once(loader: Loader, global_batch: int) -> None:
-    every = Loader(loader.store, loader.samples, global_batch, 128, 10_000, seed=3)
+    every = replace(loader, global_batch=global_batch, seed=3)
     batches = list(every.all_batches())
     found = sorted({int(s) for batch in batches for s in batch.sample_N})
     assert found == loader.samples.tolist()

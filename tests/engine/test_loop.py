@@ -1,32 +1,19 @@
 """The loop on a tiny model: exact accumulation, guards, early stopping, plain results."""
 
 import json
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from engine.runs import make_run
 from tunesmith import fine_tune, load_recipe
 from tunesmith.engine.events import EventLog, read_events
 from tunesmith.engine.loop import Run, train_step
-from tunesmith.engine.rundir import open_run
-from tunesmith.engine.signals import StopSignal
 from tunesmith.errors import NumbersError
-from tunesmith.job import prepare
-from tunesmith.train import build
-from tunesmith.types import Event, SilentReporter
-
-
-@contextmanager
-def make_run(recipe: Path, *overrides: str) -> Generator[Run]:
-    loaded = load_recipe(recipe, overrides)
-    run_dir = open_run(loaded.recipe, restart=True)
-    job = prepare(loaded, SilentReporter())
-    with EventLog(run_dir.events) as events:
-        yield build(job, run_dir, events, StopSignal(), SilentReporter())
+from tunesmith.types import Event
 
 
 def gradients(run: Run) -> list[torch.Tensor]:

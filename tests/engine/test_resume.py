@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from conftest import write_tiny_recipe
+from engine.runs import final_bytes, run_and_stop, run_to_end
 from tunesmith import fine_tune, load_recipe
 from tunesmith.errors import CheckpointError, LockError, RunError
 from tunesmith.types import Event
@@ -34,19 +34,6 @@ def wait_for_step(child: subprocess.Popen[bytes], output: Path, step: int) -> No
         if events.exists() and f'"event": "step", "step": {step},' in events.read_text():
             return
         time.sleep(0.005)
-
-
-def final_bytes(output: Path) -> dict[str, bytes]:
-    """Weights and optimizer of the last checkpoint, and the result."""
-    last = sorted((output / "checkpoints").glob("step-*"))[-1]
-    files = [*last.glob("*.safetensors"), *(output / "model").glob("*.safetensors")]
-    assert len(files) == 3
-    return {str(file.relative_to(output)): file.read_bytes() for file in files}
-
-
-def run_to_end(recipe: Path, output: Path, **kwargs: Any) -> dict[str, Any]:
-    _, summary = fine_tune(load_recipe(recipe, [f"output={output}"]), **kwargs)
-    return dict(summary)
 
 
 @pytest.fixture(scope="module")
@@ -135,24 +122,6 @@ def test_stop_signals_save_and_say_how_to_go_on(
 
 
 # In process from here on: faster, and equal to the child's bits only among themselves.
-
-
-def stop_at(step: int) -> Callable[[Event], None]:
-    """A listener that sends SIGTERM to this process after a step."""
-
-    def listen(event: Event) -> None:
-        if event.kind == "step" and event.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return listen
-
-
-def run_and_stop(recipe: Path, output: Path, step: int) -> None:
-    from tunesmith.errors import Interrupted
-
-    with pytest.raises(Interrupted) as caught:
-        run_to_end(recipe, output, listeners=[stop_at(step)])
-    assert caught.value.step == step
 
 
 SLOW = pytest.mark.slow

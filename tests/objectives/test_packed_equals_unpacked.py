@@ -10,11 +10,13 @@ from transformers import Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from conftest import TINY_SIZES
 from tunesmith.config.recipe import FullConfig, LoraConfig
+from tunesmith.data import prefixes
 from tunesmith.data.pack import build_batch
 from tunesmith.data.tokenize import TokenSequence
 from tunesmith.model.adapters import attach, trainable_parameters
 from tunesmith.model.load import PACKED_ATTENTION, random_model
 from tunesmith.objectives import OBJECTIVES
+from tunesmith.objectives.lm import supervised_logp
 
 SIZES = {**TINY_SIZES, "pad_token_id": 0}
 CONFIGS = {
@@ -115,8 +117,106 @@ def test_neighbours_do_not_change_a_samples_loss() -> None:
     first, *others = make_sequences()
     alone = OBJECTIVES["sft"]().step(model, build_batch([first]))
     packed = build_batch([others[0], first, others[3]])
-    from tunesmith.objectives.lm import supervised_logp
-
     logp = supervised_logp(model, packed)
     mine = -logp[packed.sample_N == first[0]].sum()
     torch.testing.assert_close(mine, alone.loss_sum, rtol=0, atol=1e-12)
+
+
+# Shared prefixes
+
+
+def from_lists(*items: tuple[list[int], tuple[tuple[int, int, float], ...]]) -> list[Any]:
+    return [
+        (sample, TokenSequence(np.array(ids, dtype=np.int32), runs))
+        for sample, (ids, runs) in enumerate(items)
+    ]
+
+
+class ExactNorm(torch.nn.Module):
+    """RMS norm in fp64; transformers' own works in fp32, which rounds a sum of gradients anew."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.epsilon).rsqrt()
+
+
+def build_exact(config: Any, method: Any) -> Any:
+    model = build(config, method)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(parent, name, ExactNorm(child))
+    return model
+
+
+RNG = np.random.default_rng(1)
+PROMPT, QUESTION, ANSWER = (RNG.integers(1, 101, n).tolist() for n in (6, 5, 4))
+FAMILIES = {
+    "nothing shared": from_lists(([1, 2, 3, 4], ((1, 3, 1.0),)), ([2, 3, 4], ((2, 1, 1.0),))),
+    # The row that ends the prompt predicts the first token of each answer.
+    "equal prompts, answers from their first token on": from_lists(
+        ([*PROMPT, *ANSWER], ((6, 4, 1.0),)),
+        ([*PROMPT, 7, 8], ((6, 2, 0.5),)),
+        ([*PROMPT, 9], ((6, 1, 1.0),)),
+    ),
+    "equal sequences": from_lists(*[([*PROMPT, *ANSWER], ((6, 4, 1.0),))] * 3),
+    "supervised prefixes": from_lists(
+        ([*PROMPT, 3, 4], ((0, 8, 1.0),)),
+        ([*PROMPT, 5], ((2, 3, 0.25), (6, 1, 1.0))),
+        ([*PROMPT, 6, 6, 6], ()),
+    ),
+    "two levels": from_lists(
+        ([*PROMPT, *QUESTION, *ANSWER], ((11, 4, 1.0),)),
+        ([*PROMPT, *QUESTION, 5, 6], ((10, 3, 1.0),)),
+        ([*PROMPT, 100, 99], ((7, 1, 1.0),)),
+        ([50, 51], ((1, 1, 1.0),)),
+        ([*PROMPT], ((3, 3, 1.0),)),
+    ),
+}
+
+
+@pytest.mark.parametrize("multiple_of", [1, 16])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.mark.parametrize("name", ["llama, tied head", "qwen3, normed q k"])
+def test_shared_prefixes_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, name: str, family: list[Any], multiple_of: int
+) -> None:
+    monkeypatch.setattr(prefixes, "SHORTEST_PREFIX", 3)
+    model = build_exact(CONFIGS[name], METHODS["full"])
+    tensors = [parameter for _, parameter in trainable_parameters(model)]
+    forest = prefixes.shared_prefixes([sequence.ids for _, sequence in family])
+    plain = build_batch(family)
+    shared = build_batch(family, forest, multiple_of=multiple_of)
+
+    is_shared = family is not FAMILIES["nothing shared"]
+    assert bool(shared.segments.parents) == is_shared
+    assert shared.num_tokens == plain.num_tokens
+    assert shared.num_stored_tokens % multiple_of == 0
+    assert not is_shared or multiple_of > 1 or shared.num_stored_tokens < plain.num_stored_tokens
+    weights = [
+        sorted(zip(b.sample_N.tolist(), b.target_N.tolist(), b.weight_N.tolist(), strict=True))
+        for b in (plain, shared)
+    ]
+    assert weights[0] == weights[1]
+
+    losses = [OBJECTIVES["sft"]().step(model, batch).loss_sum for batch in (plain, shared)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-12)
+    expected, found = (torch.autograd.grad(loss, tensors) for loss in losses)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_each_sample_keeps_its_own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixes, "SHORTEST_PREFIX", 3)
+    model = build_exact(CONFIGS["llama, tied head"], METHODS["lora"])
+    family = FAMILIES["two levels"]
+    shared = build_batch(family, prefixes.shared_prefixes([s.ids for _, s in family]))
+    logp = supervised_logp(model, shared)
+    for item in family:
+        alone = OBJECTIVES["sft"]().step(model, build_batch([item])).loss_sum
+        mine = shared.sample_N == item[0]
+        total = -(shared.weight_N[mine].double() * logp[mine]).sum()
+        torch.testing.assert_close(total, alone, rtol=0, atol=1e-9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,15 @@ from rich.table import Table
 
 from tunesmith.cli.console import ConsoleReporter, format_seconds, quiet_libraries
 from tunesmith.cli.train import auto_table
+from tunesmith.config.budget import COMPILE_SECONDS, COMPILED_SPEEDUP, LEVELS, Plan
 from tunesmith.config.load import load_recipe
 from tunesmith.job import Job, overview, prepare
 from tunesmith.model.adapters import attach
+from tunesmith.model.device import prepare_machine
+from tunesmith.model.fast_path import make_fast
 from tunesmith.model.load import load_config, random_model
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.types import PackedBatch
+from tunesmith.types import GlobalBatch, PackedBatch
 
 
 def run_plan(recipe: str, overrides: Sequence[str]) -> None:
@@ -42,10 +45,10 @@ def run_plan(recipe: str, overrides: Sequence[str]) -> None:
 
 def _estimates(job: Job) -> Table:
     tokens = _count_tokens(job)
-    seconds = tokens["all"] * measure_seconds_per_token(job)
+    seconds = tokens["computed"] * measure_seconds_per_token(job)
     recipe = job.resolved.recipe
-    activations = job.needs.activation_bytes_per_token * tokens["largest"]
-    memory = job.needs.weight_bytes + job.needs.optimizer_bytes + activations + 2**29
+    if recipe.train.compile != "off":
+        seconds = seconds / COMPILED_SPEEDUP + COMPILE_SECONDS
     table = Table(title="Plan", show_header=False, title_justify="left")
     rows: dict[str, str] = {
         "steps": f"{job.num_steps:,} ({job.loader.steps_per_epoch:,} an epoch)",
@@ -55,8 +58,12 @@ def _estimates(job: Job) -> Table:
         f"{100 * tokens['supervised'] / max(tokens['all'], 1):.0f} % supervised",
         "trained parameters": f"{job.sizes.num_trained:,} of {job.sizes.num_parameters:,}",
         "method": f"{recipe.method.name}, {recipe.model.dtype}, on {job.device.name}",
+        "micro-batches": f"at most {job.plan.micro_batch_tokens:,} tokens, "
+        f"the largest has {tokens['largest']:,}",
+        "recomputed layers": _recomputed(job.plan),
+        "compiling": recipe.train.compile,
         "estimated time": f"{format_seconds(seconds)} of training, validation not counted",
-        "estimated memory": f"{memory / 2**30:.1f} GiB at the peak",
+        "estimated memory": _memory(job, tokens["largest"]),
         "run directory": recipe.output,
     }
     for name, value in rows.items():
@@ -64,15 +71,46 @@ def _estimates(job: Job) -> Table:
     return table
 
 
+def _recomputed(plan: Plan) -> str:
+    """Which layers make what again in their backward."""
+    if plan.level == "none":
+        return "none"
+    names = sorted(set(plan.levels), key=LEVELS.index, reverse=True)
+    return ", ".join(f"{name}: {plan.levels.count(name)}" for name in names)
+
+
+def _memory(job: Job, tokens: int) -> str:
+    """The predicted peak, in all and by its parts."""
+    needs, levels = job.facts.needs, job.plan.levels
+    peak = needs.peak_bytes(tokens, levels)
+    kept = tokens * needs.kept_per_token(levels)
+    parts = {
+        "weights": needs.weight_bytes,
+        "optimizer": needs.optimizer_bytes,
+        "activations": kept,
+        "head and backward": peak - needs.static_bytes - kept,
+        "libraries and data": needs.other_bytes,
+    }
+    text = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    return f"{peak / 2**30:.2f} GiB at the peak: {text}"
+
+
 def _count_tokens(job: Job) -> dict[str, int]:
-    """Tokens of all steps, from one epoch's batches; the largest micro-batch."""
+    """Tokens of all steps, from one epoch's batches; the largest micro-batch.
+
+    Computed tokens are fewer where prefixes are shared.
+    """
     epoch = [job.loader.batch(step) for step in range(job.loader.steps_per_epoch)]
     whole, rest = divmod(job.num_steps, len(epoch))
+
+    def of_all_steps(count: Callable[[GlobalBatch], int]) -> int:
+        return sum(map(count, epoch)) * whole + sum(map(count, epoch[:rest]))
+
     return {
-        "all": sum(b.num_tokens for b in epoch) * whole + sum(b.num_tokens for b in epoch[:rest]),
-        "supervised": sum(b.num_supervised for b in epoch) * whole
-        + sum(b.num_supervised for b in epoch[:rest]),
-        "largest": max(m.num_tokens for b in epoch for m in b.micro_batches),
+        "all": of_all_steps(lambda batch: batch.num_tokens),
+        "computed": of_all_steps(lambda batch: batch.num_stored_tokens),
+        "supervised": of_all_steps(lambda batch: batch.num_supervised),
+        "largest": max(m.num_stored_tokens for b in epoch for m in b.micro_batches),
     }
 
 
@@ -83,20 +121,24 @@ def measure_seconds_per_token(job: Job) -> float:
     line through them. They take turns, and the fastest of each counts: timed one after the other, a
     cold start of the smaller one once made the estimate a fifth of the truth.
     """
-    batch = max(job.loader.batch(0).micro_batches, key=lambda micro: micro.num_tokens)
+    batch = max(job.loader.batch(0).micro_batches, key=lambda micro: micro.num_stored_tokens)
+    prepare_machine(job.device)
     models = [_few_layers(job, count) for count in (1, 5)]
     rounds = [[_time_step(job, model, batch) for model in models] for _ in range(7)]
     one, five = (min(times) for times in zip(*rounds[1:], strict=True))
     per_layer = max(0.0, (five - one) / 4)
-    return (one + per_layer * (job.sizes.num_layers - 1)) / batch.num_tokens
+    return (one + per_layer * (job.sizes.num_layers - 1)) / batch.num_stored_tokens
 
 
 def _few_layers(job: Job, num_layers: int) -> Any:
+    """The model that training would run, with all its fast paths, but few layers."""
     recipe = job.resolved.recipe
     config = load_config(job.source)
     config.get_text_config().num_hidden_layers = num_layers
     base = random_model(config, is_bf16=recipe.model.dtype == "bfloat16")
-    return attach(base, recipe.method).to(job.device.torch_device)
+    model = attach(base, recipe.method).to(job.device.torch_device)
+    make_fast(model)
+    return model
 
 
 def _time_step(job: Job, model: Any, batch: PackedBatch) -> float:

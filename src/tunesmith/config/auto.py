@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
+from tunesmith.config.budget import Needs, Plan, Wish, choose_compile, plan_memory
 from tunesmith.config.recipe import LoraConfig, Recipe
 
 AUTO_KEYS = (
@@ -17,6 +18,9 @@ AUTO_KEYS = (
     "train.epochs",
     "train.global_batch",
     "train.micro_batch_tokens",
+    "train.checkpointing",
+    "train.checkpointed_layers",
+    "train.compile",
     "train.learning_rate",
     "checkpoint.every_steps",
 )
@@ -39,9 +43,18 @@ class Facts:
     hidden_size: int
     device_kind: str
     has_fast_bf16: bool
-    free_bytes: int
-    """Memory left for activations once weights, gradients and optimizer are in place."""
-    activation_bytes_per_token: int
+    memory_bytes: int
+    """Of the device."""
+    needs: Needs
+    """What training takes of it."""
+    longest_samples: tuple[int, ...] = ()
+    """Tokens of the longest samples, sorted; the others are no longer than the last of these."""
+    tokens_per_row: float = 0.0
+    """Of samples to train on, on average."""
+    seconds_per_token: float = 0.0
+    """Of training, roughly."""
+    compiler: str | None = None
+    """What would compile kernels."""
     longest_text_tokens: int = 0
     """Of samples of raw text."""
     has_validation: bool = False
@@ -56,6 +69,8 @@ class Resolved:
 
     recipe: Recipe
     reasons: dict[str, str]
+    plan: Plan
+    """How its steps fit into memory."""
 
 
 def number(value: int | str) -> int:
@@ -92,16 +107,52 @@ def resolve(recipe: Recipe, facts: Facts) -> Resolved:
     fill("train.epochs", *auto_epochs(num_train))
     batch = fill("train.global_batch", *_global_batch(num_train))
     fill("train.learning_rate", *_learning_rate(recipe, facts))
-    longest = min(
-        max(facts.longest_tokens, facts.longest_text_tokens), int(values["data"]["max_length"])
-    )
-    fill("train.micro_batch_tokens", *_micro_batch_tokens(facts, longest))
+    longest = int(values["data"]["max_length"])
+    step_tokens = _step_tokens(facts.longest_samples, int(str(batch)), longest)
+    plan = make_plan(recipe, facts, longest, step_tokens)
+    for key, value in plan_values(plan).items():
+        fill(key, value, plan.reasons[key])
     steps = values["train"]["max_steps"] or (
         math.ceil(num_train / int(str(batch))) * values["train"]["epochs"]
     )
+    tokens = steps * int(str(batch)) * facts.tokens_per_row
+    fill("train.compile", *choose_compile(tokens * facts.seconds_per_token, facts.compiler))
     every = min(500, max(1, math.ceil(steps / 10)))
     fill("checkpoint.every_steps", every, "ten times in the run, at least every 500 steps")
-    return Resolved(Recipe.model_validate(values), reasons)
+    return Resolved(Recipe.model_validate(values), reasons, plan)
+
+
+def _step_tokens(lengths: tuple[int, ...], batch: int, max_length: int) -> int | None:
+    """Tokens of the longest samples that a step could have."""
+    if not lengths:
+        return None
+    chosen = [min(length, max_length) for length in lengths[:batch]]
+    return sum(chosen) + (batch - len(chosen)) * chosen[-1]
+
+
+def make_plan(recipe: Recipe, facts: Facts, max_length: int, step_tokens: int | None) -> Plan:
+    """Fits the steps into memory; what the recipe says about them stays."""
+    train = recipe.train
+    tokens, level, layers = train.micro_batch_tokens, train.checkpointing, train.checkpointed_layers
+    wish = Wish(
+        device_kind=facts.device_kind,
+        memory_bytes=facts.memory_bytes,
+        longest_tokens=min(max(facts.longest_tokens, facts.longest_text_tokens), max_length),
+        step_tokens=step_tokens,
+        tokens=None if tokens == "auto" else tokens,
+        checkpointing=None if level == "auto" else level,
+        checkpointed_layers=None if layers == "auto" else layers,
+    )
+    return plan_memory(facts.needs, wish)
+
+
+def plan_values(plan: Plan) -> dict[str, str | int]:
+    """A plan as the recipe's values."""
+    return {
+        "train.micro_batch_tokens": plan.micro_batch_tokens,
+        "train.checkpointing": plan.level,
+        "train.checkpointed_layers": plan.num_deepest if plan.level != "none" else 0,
+    }
 
 
 def _dtype(facts: Facts) -> tuple[str, str]:
@@ -157,12 +208,3 @@ def _learning_rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     rate = (2e-4 if is_lora else 2e-5) * math.sqrt(2048 / facts.hidden_size)
     digits = 1 - math.floor(math.log10(rate))
     return round(rate, digits), f"{recipe.method.name} on a model {facts.hidden_size} wide"
-
-
-def _micro_batch_tokens(facts: Facts, longest: int) -> tuple[int, str]:
-    # More than this no longer makes the matrix products faster; a CPU also loses its caches.
-    most = 2048 if facts.device_kind == "cpu" else 16384
-    fits = int(0.8 * facts.free_bytes / max(1, facts.activation_bytes_per_token))
-    tokens = max(longest, min(most, fits // 256 * 256))
-    gib = facts.activation_bytes_per_token * tokens / 2**30
-    return tokens, f"about {gib:.1f} GiB of activations on this {facts.device_kind}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -37,6 +37,10 @@ class ModelConfig(Strict):
     """Branch, tag or commit of a hub id; null takes its default branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Numbers to compute with; auto is bfloat16 where the device is fast at it."""
+    quantize: Literal["none", "nf4"] = "none"
+    """How frozen weights are kept under LoRA; nf4 is 4.13 bits a weight (QLoRA, arXiv 2305.14314).
+
+    It saves memory and costs time: every pass makes the weights dense again. Needs bitsandbytes."""
 
     @model_validator(mode="before")
     @classmethod
@@ -225,15 +229,78 @@ class LoraConfig(Strict):
     """Layers that get an adapter: all-linear, a list of name endings, or a regular expression."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the adapter."""
+    layers: PositiveInt | None = None
+    """Adapters on so many of the last decoder layers only; null is all layers."""
 
 
-MethodConfig = Annotated[FullConfig | LoraConfig, Field(discriminator="name")]
+class FreezeConfig(Strict):
+    """The last layers are trained, all below them is frozen."""
+
+    name: Literal["freeze"]
+    layers: PositiveInt = 2
+    """How many of the last decoder layers are trained."""
+    norm: bool = True
+    """Train the norm behind the last layer too."""
+    head: bool = False
+    """Train the output head too, if it is not the embedding as well (a tied head)."""
+
+
+MethodConfig = Annotated[FullConfig | LoraConfig | FreezeConfig, Field(discriminator="name")]
 
 
 class SftConfig(Strict):
     """Supervised fine-tuning: cross-entropy on the assistant's tokens."""
 
     name: Literal["sft"] = "sft"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target's probability spread over the vocabulary; validation is without it."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared log of the softmax's normalizer (arXiv 2204.02311; 1e-4 there), which
+    keeps logits from drifting; validation is without it."""
+
+
+class OptimizerConfig(Strict):
+    """How weights are updated, and in what numbers the update keeps its memory.
+
+    Short forms: adamw; adamw_bf16 and adamw_8bit for its `states`; with _sr behind them (adamw_sr,
+    adamw_bf16_sr, adamw_8bit_sr) without `keep_master`.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    """The rule: AdamW (arXiv 1711.05101)."""
+    states: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Numbers of the two moments: 8 bytes a trained parameter, 4, or 2.
+
+    bfloat16 is rounded stochastically, int8 is quantized in blocks of 256 (arXiv 2110.02861).
+    Worth it when all weights are trained; adapters are small."""
+    keep_master: bool = True
+    """bfloat16 weights have a float32 copy that takes the updates, and a float32 gradient: 8 bytes
+    a trained parameter.
+
+    false updates the weights themselves, with a bfloat16 gradient: 2 bytes. Both ways they are
+    rounded stochastically (arXiv 2010.06192). Without effect on float32 weights, as of adapters."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Memory of the mean of the gradient."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Memory of the mean of its square."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of that mean."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: object) -> object:
+        return _OPTIMIZERS.get(value, {"name": value}) if isinstance(value, str) else value
+
+
+_OPTIMIZERS: dict[str, dict[str, object]] = {
+    f"adamw{states}{rounding}": {**given, **changes}
+    for states, given in (
+        ("", {"states": "float32"}),
+        ("_bf16", {"states": "bfloat16"}),
+        ("_8bit", {"states": "int8"}),
+    )
+    for rounding, changes in (("", {}), ("_sr", {"keep_master": False}))
+}
 
 
 class TrainConfig(Strict):
@@ -245,6 +312,16 @@ class TrainConfig(Strict):
     """Samples per optimizer step; auto is 0.2 % of the rows, 1 to 256."""
     micro_batch_tokens: Auto | PositiveInt = "auto"
     """Tokens in one forward and backward; auto follows the memory."""
+    checkpointing: Literal["auto", "none", "mlp", "full", "offload"] = "auto"
+    """What the backward makes again to save memory: nothing, the inside of MLPs, or whole layers.
+
+    offload is full with the rest kept in the host's memory; auto takes the cheapest that fits."""
+    checkpointed_layers: Auto | Annotated[int, Field(ge=0)] = "auto"
+    """The first so many layers do so, the others one step less; auto is as many as must."""
+    compile: Literal["auto", "off", "kernels", "blocks"] = "auto"
+    """Let torch's compiler fuse chains of small operations (kernels) or whole layers (blocks).
+
+    auto compiles kernels for long runs, which win back the time that compiling takes."""
     learning_rate: Auto | Annotated[float, Field(gt=0)] = "auto"
     """Peak learning rate; auto follows method and model width."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -253,12 +330,19 @@ class TrainConfig(Strict):
     """Below 1 a share of all steps, from 1 on a number of steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay, on matrices only."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """How weights are updated: adamw, adamw_8bit, ..., or {name, states, keep_master, ...}."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest gradient norm; null does not clip."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the order, the split, new weights and dropout."""
     max_steps: PositiveInt | None = None
     """Stop after so many steps; null runs all epochs."""
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads a bare off as false
 
 
 class EvaluateConfig(Strict):

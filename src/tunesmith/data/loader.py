@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tunesmith.data.mix import Share, Strategy, mixed_order
-from tunesmith.data.pack import build_batch, pack
+from tunesmith.data.pack import build_batch, pack_sequences
 from tunesmith.data.store import TokenStore
 from tunesmith.data.tokenize import TokenSequence
 from tunesmith.types import GlobalBatch, Origin, PackedBatch
@@ -24,12 +24,16 @@ class Loader:
         store: the token store.
         samples: the samples to use, as store numbers, source by source.
         global_batch: samples per optimizer step.
-        micro_batch_tokens: token budget of a micro-batch.
+        micro_batch_tokens: token budget of a micro-batch; a shared prefix counts once in it, the
+            filling of `pad_to` not at all.
         max_length: tokens of a sequence; longer ones are treated as `overlong` says.
         seed: of the order.
         shares: what each source gives to an epoch; by default all samples are one source.
         mix: how sources share an epoch.
         overlong: see `DataConfig.overlong`; what is to be dropped is not among `samples`.
+        pad_to: rows of a micro-batch are filled up to a multiple of it.
+        share_prefixes: compute what sequences have in common at their beginnings once. The same
+            loss and gradients, unless the model draws random numbers per token (dropout).
     """
 
     store: TokenStore
@@ -41,6 +45,8 @@ class Loader:
     shares: tuple[Share, ...] = ()
     mix: Strategy = "shuffle"
     overlong: str = "auto"
+    pad_to: int = 1
+    share_prefixes: bool = True
 
     @property
     def samples_per_epoch(self) -> int:
@@ -92,9 +98,13 @@ class Loader:
             for index in self.store.sequences_of(sample)
             for window in self._windows(sample, index)
         ]
-        lengths = [len(sequence.ids) for _, sequence in sequences]
-        for members in pack(lengths, self.micro_batch_tokens):
-            yield build_batch([sequences[member] for member in members])
+        bins = pack_sequences(
+            [sequence.ids for _, sequence in sequences],
+            self.micro_batch_tokens,
+            share_prefixes=self.share_prefixes,
+        )
+        for forest in bins:
+            yield build_batch(sequences, forest, multiple_of=self.pad_to)
 
     def _windows(self, sample: int, sequence: int) -> list[tuple[int, int]]:
         """The parts of a sequence that are used."""

@@ -11,8 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tunesmith.data.prefixes import Branch, shared_prefixes, whole
 from tunesmith.data.tokenize import TokenSequence
 from tunesmith.types import PackedBatch, Segments
+
+LEAST_SAVED = 0.03
+"""Share of a batch's tokens that shared prefixes must save: below it they are not worth the extra
+segments."""
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -102,37 +107,147 @@ class _Bins:
         return np.repeat(numbers, np.repeat(sequences, bins))
 
 
-def build_batch(sequences: Sequence[tuple[int, TokenSequence]]) -> PackedBatch:
+def pack_sequences(
+    sequences: Sequence[npt.NDArray[np.int32]], budget: int, *, share_prefixes: bool
+) -> list[list[Branch]]:
+    """Groups sequences into bins of at most `budget` tokens, with shared prefixes counted once.
+
+    Sequences with a common prefix go into the same bin as far as it has room. Prefixes are shared
+    only where that saves at least `LEAST_SAVED` of the tokens. A sequence longer than the budget
+    gets a bin of its own.
+
+    Returns:
+        the bins, each a forest for `build_batch`; every sequence is in one of them.
+    """
+    alone = whole(sequences)
+    forest = shared_prefixes(sequences) if share_prefixes else alone
+    if not _is_worth_it(forest, alone):
+        forest = alone
+    parts = [part for branch in forest for part in _fitting(branch, budget)]
+    bins = _binned(parts, budget)
+    return [_unshared(members, alone, budget) for members in bins]
+
+
+def _is_worth_it(forest: Sequence[Branch], alone: Sequence[Branch]) -> bool:
+    total = sum(branch.num_stored for branch in alone)
+    return total - sum(branch.num_stored for branch in forest) >= LEAST_SAVED * total
+
+
+def _fitting(branch: Branch, budget: int) -> list[Branch]:
+    """The branch in parts of at most `budget` tokens; each has its own copy of the prefix."""
+    if branch.num_stored <= budget or not branch.children:
+        return [branch]
+    left = budget - (branch.stop - branch.first)
+    parts = [part for child in branch.children for part in _fitting(child, left)]
+    return [branch.with_children(members) for members in _binned(parts, left)]
+
+
+def _binned(parts: Sequence[Branch], budget: int) -> list[list[Branch]]:
+    bins = pack([part.num_stored for part in parts], budget)
+    return [[parts[index] for index in members] for members in bins]
+
+
+def _unshared(members: list[Branch], alone: Sequence[Branch], budget: int) -> list[Branch]:
+    """A bin without sharing, if it saves too little there and the bin has the room."""
+    leaves = [alone[leaf.sequence] for branch in members for leaf in branch.leaves()]
+    if _is_worth_it(members, leaves) or sum(leaf.num_stored for leaf in leaves) > budget:
+        return members
+    return leaves
+
+
+def build_batch(
+    sequences: Sequence[tuple[int, TokenSequence]],
+    forest: Sequence[Branch] | None = None,
+    *,
+    multiple_of: int = 1,
+) -> PackedBatch:
     """Lays (sample id, sequence) pairs end to end.
 
     Token `j` of a sequence is predicted by row `j - 1` of it; a supervised first token has no
-    predictor and is left out.
+    predictor and is left out. Each sequence has entries of its own for its supervised tokens, also
+    where their rows belong to a shared prefix.
+
+    Args:
+        sequences: pairs of sample id and tokens.
+        forest: the order and the shared prefixes; by default all in the given order, each whole.
+        multiple_of: the stream is filled up to a multiple of it with a segment of token 0 that
+            carries no loss: a processor's library makes its kernels anew for every size.
     """
-    lengths = tuple(len(sequence.ids) for _, sequence in sequences)
-    rows: list[np.ndarray] = []
-    weights: list[np.ndarray] = []
-    samples: list[np.ndarray] = []
-    start = 0
-    for (sample, sequence), length in zip(sequences, lengths, strict=True):
-        for first, count, weight in sequence.runs:
-            skipped = int(first == 0)
-            row = np.arange(start + first - 1 + skipped, start + first - 1 + count)
-            rows.append(row)
-            weights.append(np.full(len(row), weight, dtype=np.float32))
-            samples.append(np.full(len(row), sample, dtype=np.int64))
-        start += length
-    ids_T = torch.from_numpy(np.concatenate([s.ids for _, s in sequences]).astype(np.int64))
-    row_N = torch.from_numpy(np.concatenate(rows) if rows else np.empty(0, dtype=np.int64))
+    if forest is None:
+        forest = whole([sequence.ids for _, sequence in sequences])
+    layout = _Layout(sequences)
+    for branch in forest:
+        layout.add(branch, parent=-1, before=[])
+    num_tokens = sum(len(sequences[leaf.sequence][1].ids) for b in forest for leaf in b.leaves())
+    layout.fill_up(multiple_of)
     return PackedBatch(
-        ids_T=ids_T,
-        position_T=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
-        segments=Segments(lengths),
-        row_N=row_N,
-        target_N=ids_T[row_N + 1],
-        weight_N=torch.from_numpy(
-            np.concatenate(weights) if weights else np.empty(0, dtype=np.float32)
-        ),
-        sample_N=torch.from_numpy(
-            np.concatenate(samples) if samples else np.empty(0, dtype=np.int64)
-        ),
+        ids_T=_joined(layout.ids, np.int64),
+        position_T=_joined(layout.positions, np.int64),
+        segments=Segments(tuple(layout.lengths), _parents(layout.parents)),
+        row_N=_joined(layout.rows, np.int64),
+        target_N=_joined(layout.targets, np.int64),
+        weight_N=_joined(layout.weights, np.float32),
+        sample_N=_joined(layout.samples, np.int64),
+        num_tokens=num_tokens,
     )
+
+
+class _Layout:
+    """The stream and the list of what is supervised, growing branch by branch."""
+
+    def __init__(self, sequences: Sequence[tuple[int, TokenSequence]]) -> None:
+        self.sequences = sequences
+        self.num_rows = 0
+        self.lengths: list[int] = []
+        self.parents: list[int] = []
+        self.ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.rows: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []
+        self.weights: list[np.ndarray] = []
+        self.samples: list[np.ndarray] = []
+
+    def add(self, branch: Branch, parent: int, before: list[np.ndarray]) -> None:
+        """Appends a branch and its children; `before` holds the rows of its ancestors."""
+        sample, sequence = self.sequences[branch.sequence]
+        segment, length = len(self.lengths), branch.stop - branch.first
+        rows = [*before, np.arange(self.num_rows, self.num_rows + length)]
+        self._append(
+            sequence.ids[branch.first : branch.stop], np.arange(branch.first, branch.stop), parent
+        )
+        for child in branch.children:
+            self.add(child, segment, rows)
+        if not branch.children:
+            self._supervise(sample, sequence, np.concatenate(rows))
+
+    def fill_up(self, multiple_of: int) -> None:
+        """Appends the segment that makes the number of rows a multiple."""
+        count = -self.num_rows % multiple_of
+        if count:
+            self._append(np.zeros(count, dtype=np.int64), np.arange(count), parent=-1)
+
+    def _append(self, ids: np.ndarray, positions: np.ndarray, parent: int) -> None:
+        self.ids.append(ids)
+        self.positions.append(positions)
+        self.lengths.append(len(ids))
+        self.parents.append(parent)
+        self.num_rows += len(ids)
+
+    def _supervise(self, sample: int, sequence: TokenSequence, rows: np.ndarray) -> None:
+        """Lists a sequence's supervised tokens; `rows` are the rows of all its tokens."""
+        for first, count, weight in sequence.runs:
+            begin, end = max(first, 1), first + count
+            self.rows.append(rows[begin - 1 : end - 1])
+            self.targets.append(sequence.ids[begin:end])
+            self.weights.append(np.full(end - begin, weight))
+            self.samples.append(np.full(end - begin, sample))
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: npt.DTypeLike) -> torch.Tensor:
+    if not parts:
+        return torch.from_numpy(np.empty(0, dtype=dtype))
+    return torch.from_numpy(np.concatenate(parts).astype(dtype))
+
+
+def _parents(parents: list[int]) -> tuple[int, ...]:
+    return tuple(parents) if any(parent >= 0 for parent in parents) else ()

@@ -1,7 +1,8 @@
 """Checkpoints: whole or absent, verified by hash, rotated without ever leaving a half.
 
-`checkpoints/step-00000012/` holds the trained weights in their usual format, `optim.safetensors`,
-`state.json`, and `MANIFEST.json` written last. The directory appears by one rename.
+`checkpoints/step-00000012/` holds the trained weights in their usual format, `optim.safetensors`
+(the optimizer's moments and float32 master copies, by parameter name), `state.json`, and
+`MANIFEST.json` written last. The directory appears by one rename.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -121,34 +121,3 @@ def _set_aside(path: Path) -> None:
     aside = path.with_name(f"{path.name}.corrupt")
     shutil.rmtree(aside, ignore_errors=True)
     path.replace(aside)
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
-) -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat tensors, `<parameter>.<field>`.
-
-    Args:
-        optimizer: whose state is all tensors (AdamW's is).
-        names: parameter names by `id(parameter)`.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    for parameter, fields in optimizer.state.items():
-        for field, value in fields.items():
-            tensors[f"{names[id(parameter)]}.{field}"] = value.detach().contiguous()
-    return tensors
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, torch.Tensor],
-    names: Mapping[int, str],
-) -> None:
-    """Puts back what `optimizer_tensors` took out."""
-    by_name = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-    for key, value in tensors.items():
-        name, _, field = key.rpartition(".")
-        parameter = by_name[name]
-        state: dict[str, Any] = optimizer.state[parameter]
-        # clone: a mapped file's memory is not aligned as torch's own, and sums could differ by it.
-        state[field] = value.to(parameter.device).clone()

@@ -1,14 +1,15 @@
 """The training loop: one for all objectives.
 
-A step is: global batch -> micro-batches forward and backward -> check -> clip -> update. Validation
-and checkpoints happen between steps only, so a restart always begins at a step boundary.
+A step is: global batch -> micro-batches forward and backward -> clip -> update. None of it waits
+for the device: batches are prepared ahead, and loss and norm are read a step later.
+Validation and checkpoints happen between steps only, so a restart always begins at a step boundary.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +19,17 @@ import torch
 from tunesmith.config.auto import number
 from tunesmith.config.recipe import Recipe
 from tunesmith.data.loader import Loader
-from tunesmith.engine.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
+from tunesmith.engine.checkpoint import Checkpoints
 from tunesmith.engine.events import EventLog
+from tunesmith.engine.prefetch import prefetch_steps, prefetch_validation
+from tunesmith.engine.readback import Arrival, open_readback
 from tunesmith.engine.rng import seed_step
 from tunesmith.engine.schedule import learning_rate_at
 from tunesmith.engine.signals import StopSignal
 from tunesmith.engine.state import TrainState
 from tunesmith.errors import Interrupted, NumbersError, RunError
 from tunesmith.objectives.base import Objective
+from tunesmith.ops.optim import FlatAdamW
 from tunesmith.types import GlobalBatch, Json, PackedBatch
 
 
@@ -40,7 +44,7 @@ class Run:
     model: Any
     parameters: list[tuple[str, torch.nn.Parameter]]
     objective: Objective
-    optimizer: torch.optim.Optimizer
+    optimizer: FlatAdamW
     loader: Loader
     validation: Callable[[], Iterable[PackedBatch]] | None
     checkpoints: Checkpoints
@@ -49,17 +53,22 @@ class Run:
     device: torch.device
     autocast_dtype: torch.dtype | None
     num_steps: int
-
-    @property
-    def names(self) -> dict[int, str]:
-        """Parameter names by id."""
-        return {id(parameter): name for name, parameter in self.parameters}
+    after_step: Callable[[], object] = lambda: None
+    """Called when a step is done, for what the machine needs."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 products on fp32 weights where the device is fast at it, else nothing."""
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+
+@dataclass(frozen=True)
+class StepNote:
+    """What the host knows of a step whose numbers are still on their way."""
+
+    step: int
+    batch: GlobalBatch
 
 
 def restore(run: Run, data_key: str) -> TrainState:
@@ -84,7 +93,7 @@ def restore(run: Run, data_key: str) -> TrainState:
             expected="the same, to go on exactly",
             try_="--restart trains anew, or choose another `output`",
         )
-    restore_optimizer(run.optimizer, tensors, run.names)
+    run.optimizer.restore(tensors)
     run.events.emit("resume", state.step, {"checkpoint": path.name})
     return state
 
@@ -97,36 +106,47 @@ def fit(run: Run, state: TrainState) -> TrainState:
         NumbersError: loss or gradient is not finite; the weights were not touched by it.
     """
     saved_step = state.step if state.step else None
-    while True:
-        is_last = state.step >= run.num_steps
-        is_best = False
-        if _evaluation_is_due(run, state, is_last=is_last):
-            is_best = _evaluate(run, state)
-        is_last = is_last or _stops_early(run, state)
-        if saved_step != state.step and (is_last or is_best or _save_is_due(run, state)):
-            _save(run, state)
-            saved_step = state.step
-        is_unmeasured = _evaluation_is_due(run, state, is_last=is_last)
-        if run.stop.received is not None and (not is_last or is_unmeasured):
-            raise Interrupted(run.stop.received, run.recipe.output, step=state.step)
-        if is_last:
-            return state
-        _train_step(run, state)
+    numbers = open_readback(run.device, StepNote)
+    steps = range(state.step, run.num_steps)
+    with prefetch_steps(run.loader.batch, steps, run.device) as batches:
+        while True:
+            is_last = state.step >= run.num_steps
+            is_best = False
+            if _evaluation_is_due(run, state, is_last=is_last):
+                _record(run, state, numbers.drain())
+                is_best = _evaluate(run, state)
+            is_last = is_last or _stops_early(run, state)
+            if saved_step != state.step and (is_last or is_best or _save_is_due(run, state)):
+                _record(run, state, numbers.drain())
+                _save(run, state)
+                saved_step = state.step
+            is_unmeasured = _evaluation_is_due(run, state, is_last=is_last)
+            is_saved = saved_step == state.step or not state.step
+            if run.stop.received is not None and is_saved and (not is_last or is_unmeasured):
+                raise Interrupted(run.stop.received, run.recipe.output, step=state.step)
+            if is_last:
+                return state
+            started = time.perf_counter()
+            note = StepNote(state.step, next(batches))
+            numbers.put(note, update(run, note.batch, note.step), started)
+            state.step += 1
+            _record(run, state, numbers.ready())
+            run.after_step()
 
 
-def train_step(run: Run, batch: GlobalBatch, step: int) -> tuple[float, float]:
-    """One optimizer step.
+def update(run: Run, batch: GlobalBatch, step: int) -> torch.Tensor:
+    """One optimizer step; does not wait for the device.
+
+    If loss or norm is not finite the weights stay as they are, in this step and in all later ones;
+    who reads the numbers raises.
 
     Returns:
-        (loss per supervised weight, gradient norm before clipping).
-
-    Raises:
-        NumbersError: one of them is not finite (`numbers.not-finite`); nothing was updated.
+        (loss per supervised weight, gradient norm before clipping), two numbers on the device.
     """
     train = run.recipe.train
     seed_step(train.seed, step)
     run.model.train()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     # Divided by the weight of the whole global batch: any split into micro-batches is the same.
     weight = max(batch.supervised_weight, 1e-12)
     loss = torch.zeros((), device=run.device)
@@ -137,16 +157,24 @@ def train_step(run: Run, batch: GlobalBatch, step: int) -> tuple[float, float]:
             result = run.objective.step(run.model, micro_batch.to(run.device))
         (result.loss_sum / weight).backward()
         loss += result.loss_sum.detach().float() / weight
-    tensors = [parameter for _, parameter in run.parameters]
-    limit = train.clip_norm if train.clip_norm is not None else float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(tensors, limit)
-    loss_value, norm_value = float(loss), float(norm)
-    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-        raise _not_finite(run, batch, step, loss_value, norm_value)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate_at(train, step, run.num_steps)
-    run.optimizer.step()
-    return loss_value, norm_value
+    norm = run.optimizer.clip(train.clip_norm)
+    is_finite = torch.isfinite(loss) & torch.isfinite(norm)
+    run.optimizer.step(learning_rate_at(train, step, run.num_steps), is_finite)
+    return torch.stack((loss, norm))
+
+
+def train_step(run: Run, batch: GlobalBatch, step: int) -> tuple[float, float]:
+    """One optimizer step, waited for.
+
+    Returns:
+        (loss per supervised weight, gradient norm before clipping).
+
+    Raises:
+        NumbersError: one of them is not finite (`numbers.not-finite`); nothing was updated.
+    """
+    loss, norm = update(run, batch, step).tolist()
+    _check_numbers(run, batch, step, loss, norm)
+    return loss, norm
 
 
 def evaluate_loss(
@@ -155,41 +183,44 @@ def evaluate_loss(
     """Mean loss per supervised weight, or None if stopped before the end."""
     run.model.eval()
     loss, weight = 0.0, 0.0
-    with torch.no_grad():
-        for batch in batches:
+    sums = open_readback(run.device, float)
+    with torch.no_grad(), prefetch_validation(batches, run.device) as weighed:
+        for batch, batch_weight in weighed:
             if should_stop():
                 return None
             if batch.row_N.numel():
                 with run.autocast():
                     result = run.objective.step(run.model, batch.to(run.device))
-                loss += float(result.loss_sum)
-                weight += float(batch.weight_N.double().sum())
+                sums.put(batch_weight, result.loss_sum[None], time.perf_counter())
+                for arrival in sums.ready():
+                    loss, weight = loss + arrival.numbers[0], weight + arrival.about
+    for arrival in sums.drain():
+        loss, weight = loss + arrival.numbers[0], weight + arrival.about
     return loss / weight if weight else float("nan")
 
 
-def _train_step(run: Run, state: TrainState) -> None:
-    started = time.perf_counter()
-    step = state.step
-    batch = run.loader.batch(step)
-    loss, norm = train_step(run, batch, step)
-    seconds = time.perf_counter() - started
-    state.step += 1
-    state.samples_seen += len(batch.sample_ids)
-    state.tokens_seen += batch.num_tokens
-    state.supervised_seen += batch.num_supervised
-    state.loss_sum += loss
-    state.train_seconds += seconds
-    if state.step % run.recipe.log.every_steps == 0 or state.step == run.num_steps:
-        data: dict[str, Json] = {
-            "epoch": round(state.step / run.loader.steps_per_epoch, 4),
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": learning_rate_at(run.recipe.train, step, run.num_steps),
-            "tokens": batch.num_tokens,
-            "supervised_tokens": batch.num_supervised,
-            "tokens_per_second": round(batch.num_tokens / seconds, 1),
-        }
-        run.events.emit("step", state.step, data)
+def _record(run: Run, state: TrainState, steps: Iterator[Arrival[StepNote]]) -> None:
+    """Takes the numbers of finished steps into the state and the event stream."""
+    for arrival in steps:
+        step, batch, (loss, norm) = arrival.about.step, arrival.about.batch, arrival.numbers
+        _check_numbers(run, batch, step, loss, norm)
+        state.samples_seen += len(batch.sample_ids)
+        state.tokens_seen += batch.num_tokens
+        state.supervised_seen += batch.num_supervised
+        state.loss_sum += loss
+        state.train_seconds += arrival.seconds
+        done = step + 1
+        if done % run.recipe.log.every_steps == 0 or done == run.num_steps:
+            data: dict[str, Json] = {
+                "epoch": round(done / run.loader.steps_per_epoch, 4),
+                "loss": loss,
+                "grad_norm": norm,
+                "learning_rate": learning_rate_at(run.recipe.train, step, run.num_steps),
+                "tokens": batch.num_tokens,
+                "supervised_tokens": batch.num_supervised,
+                "tokens_per_second": round(batch.num_tokens / arrival.seconds, 1),
+            }
+            run.events.emit("step", done, data)
 
 
 def _evaluation_is_due(run: Run, state: TrainState, *, is_last: bool) -> bool:
@@ -229,13 +260,15 @@ def _save_is_due(run: Run, state: TrainState) -> bool:
 
 
 def _save(run: Run, state: TrainState) -> None:
-    path = run.checkpoints.save(state, optimizer_tensors(run.optimizer, run.names))
+    path = run.checkpoints.save(state, run.optimizer.tensors())
     run.events.emit("checkpoint", state.step, {"path": f"checkpoints/{path.name}"})
 
 
-def _not_finite(run: Run, batch: GlobalBatch, step: int, loss: float, norm: float) -> NumbersError:
+def _check_numbers(run: Run, batch: GlobalBatch, step: int, loss: float, norm: float) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
     places = ", ".join(str(origin) for origin in run.loader.origins(batch.sample_ids)[:8])
-    return NumbersError(
+    raise NumbersError(
         "numbers.not-finite",
         f"step {step + 1}",
         found=f"loss {loss}, gradient norm {norm} (samples {places})",

@@ -5,17 +5,26 @@ from __future__ import annotations
 import torch
 
 from tunesmith.config.recipe import TrainConfig
+from tunesmith.ops.optim import AdamWSettings, FlatAdamW, build_flat_adamw
 
 
 def build_optimizer(
     parameters: list[tuple[str, torch.nn.Parameter]], train: TrainConfig
-) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) in torch's fused form; only matrices decay."""
-    matrices = [parameter for _, parameter in parameters if parameter.dim() > 1]
-    others = [parameter for _, parameter in parameters if parameter.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    # Fused is 4 to 5 times as fast as the loop on CPU (420 LoRA tensors: 4.5 against 24 ms).
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
+) -> FlatAdamW:
+    """AdamW (arXiv 1711.05101) as the recipe wants it; only matrices decay.
+
+    Args:
+        parameters: what is trained, already on its device; they become views of flat buffers.
+        train: weight decay, seed, and `optimizer`.
+    """
+    optimizer = train.optimizer
+    settings = AdamWSettings(
+        weight_decay=train.weight_decay,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        epsilon=optimizer.epsilon,
+        states=optimizer.states,
+        keep_master=optimizer.keep_master,
+        seed=train.seed,
+    )
+    return build_flat_adamw(parameters, settings)

@@ -47,14 +47,15 @@ def open_chat_model(target: str, reporter: Reporter) -> ChatModel:
     """Loads a run directory, an adapter folder, a model folder, a GGUF file, or a hub id.
 
     Weights keep the number format of their files, so that answers equal those of a plain
-    transformers script.
+    transformers script. Only the base of a run with `model.quantize` is quantized again, as it was
+    in training; its adapter folder alone (`model/`) goes on the plain base.
 
     Raises:
         ModelError: there is nothing to load (`model.*`); a run that has no result yet
             (`model.unfinished-run`).
     """
     path = Path(target).expanduser()
-    recipe_file = path / "recipe.resolved.yaml"
+    recipe_file, recipe = path / "recipe.resolved.yaml", None
     if recipe_file.exists():
         path = path / "model"
         if not path.is_dir():
@@ -66,30 +67,38 @@ def open_chat_model(target: str, reporter: Reporter) -> ChatModel:
                 try_="run the same `tunesmith train` again to finish it, or name a folder under "
                 f"{path.parent / 'checkpoints'}",
             )
-    with reporter.waiting(f"Loading {target}"):
-        chat = _open(path, target, reporter)
-    if recipe_file.exists():
         recipe = recipe_from(yaml.safe_load(recipe_file.read_text(encoding="utf-8")))
+    with reporter.waiting(f"Loading {target}"):
+        chat = _open(path, target, reporter, recipe.model if recipe else None)
+    if recipe is not None:
         chat = replace(chat, template_arguments=recipe.data.template_arguments)
     return chat
 
 
-def _open(path: Path, target: str, reporter: Reporter) -> ChatModel:
+def _open(
+    path: Path, target: str, reporter: Reporter, trained: ModelConfig | None = None
+) -> ChatModel:
     if (path / "adapter_config.json").exists():
-        return _open_adapter(path, target, reporter)
+        return _open_adapter(path, target, reporter, trained)
     source = find_model(ModelConfig(id=str(path) if path.exists() else target), reporter)
     check_weights_exist(source)
     model = load_model(source)
     return _ready(model, load_tokenizer(source), target)
 
 
-def _open_adapter(path: Path, label: str, reporter: Reporter) -> ChatModel:
+def _open_adapter(
+    path: Path, label: str, reporter: Reporter, trained: ModelConfig | None
+) -> ChatModel:
     from peft import PeftModel
 
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     place = ModelConfig(id=config["base_model_name_or_path"], revision=config.get("revision"))
     base = find_model(place, reporter)
-    model = PeftModel.from_pretrained(load_model(base), path)
+    how: dict[str, str] = {}
+    if trained is not None and trained.quantize != "none":
+        # The same bits again: those of bfloat16 weights differ from those of float32 ones.
+        how = {"quantize": trained.quantize, "dtype": trained.dtype}
+    model = PeftModel.from_pretrained(load_model(base, **how), path)
     has_tokenizer = (path / "tokenizer.json").exists()
     tokenizer = load_tokenizer(ModelSource(label, str(path)) if has_tokenizer else base)
     return _ready(model, tokenizer, label)

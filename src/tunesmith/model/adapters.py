@@ -9,27 +9,73 @@ from typing import Any
 
 import torch
 
-from tunesmith.config.recipe import FullConfig, LoraConfig
+from tunesmith.config.recipe import FreezeConfig, FullConfig, LoraConfig
 from tunesmith.errors import RecipeError
+from tunesmith.model.layers import decoder_of, layer_list, names_of_lower_layers, parts_above
 
 ADAPTER_FILE = "adapter_model.safetensors"
+TRAINED_FILE = "trained.safetensors"
+"""What was trained of a model most of whose weights are frozen."""
 
 
-def attach(model: Any, method: FullConfig | LoraConfig, revision: str | None = None) -> Any:
-    """Prepares a model for training; LoRA wraps it in a PEFT model with fp32 adapters.
+def attach(
+    model: Any, method: FullConfig | LoraConfig | FreezeConfig, revision: str | None = None
+) -> Any:
+    """Prepares a model for training.
+
+    LoRA wraps it in a PEFT model with fp32 adapters. Weights that are trained themselves keep their
+    type; in half precision they need an optimizer that does not round small updates away.
 
     Raises:
-        RecipeError: `method.target` names no layer of the model (`recipe.target`).
+        RecipeError: `method.target` names no layer of the model (`recipe.target`), it has fewer
+            layers than `method.layers` (`recipe.layers`), or `method.head` is its embedding, too
+            (`recipe.tied-head`).
     """
     if isinstance(method, FullConfig):
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         return model
+    if isinstance(method, FreezeConfig):
+        return _freeze(model, method)
+    return _adapt(model, method, revision)
+
+
+def _freeze(model: Any, method: FreezeConfig) -> Any:
+    """Leaves the last layers trainable, with final norm and head as the method says."""
+    decoder = decoder_of(model)
+    _, layers = layer_list(decoder)
+    _check_layers(method.layers, len(layers))
+    trained: list[torch.nn.Module] = list(layers[len(layers) - method.layers :])
+    if method.norm:
+        trained += parts_above(decoder)
+    if method.head:
+        head = model.get_output_embeddings()
+        if head.weight is model.get_input_embeddings().weight:
+            raise RecipeError(
+                "recipe.tied-head",
+                "method.head",
+                found="a head that is the embedding, too, which lies below all layers",
+                expected="head: false, or a model whose head has weights of its own",
+                try_="method: full trains everything",
+            )
+        trained.append(head)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
+    return model
+
+
+def _adapt(model: Any, method: LoraConfig, revision: str | None) -> Any:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
     if method.rank == "auto" or method.alpha == "auto":
         raise ValueError("resolve the recipe before attaching adapters")
+    lower = None
+    if method.layers is not None:
+        _check_layers(method.layers, len(layer_list(decoder_of(model))[1]))
+        lower = names_of_lower_layers(model, method.layers)
     config = PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=method.rank,
@@ -37,6 +83,8 @@ def attach(model: Any, method: FullConfig | LoraConfig, revision: str | None = N
         lora_alpha=int(method.alpha) if float(method.alpha).is_integer() else method.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=method.dropout,
         target_modules=method.target,
+        # PEFT's layers_to_transform does not go with targets that are one string, as all-linear is.
+        exclude_modules=lower,
     )
     try:
         wrapped: Any = get_peft_model(model, config, revision=revision)
@@ -60,18 +108,31 @@ def trainable_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
+def save_trained(model: Any, folder: Path) -> None:
+    """Writes what was trained, for a checkpoint: without the weights that stay as they are."""
+    trained = trainable_parameters(model)
+    if hasattr(model, "peft_config") or len(trained) == len(list(model.parameters())):
+        save_weights(model, folder)
+        return
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: parameter.detach().contiguous() for name, parameter in trained}
+    save_file(tensors, folder / TRAINED_FILE)
+
+
 def save_weights(model: Any, folder: Path) -> None:
-    """Writes what was trained in its usual format: PEFT's for adapters, else transformers'."""
+    """Writes the result in its usual format: PEFT's for adapters, else the whole model."""
     model.save_pretrained(folder)
     card = folder / "README.md"
     card.unlink(missing_ok=True)  # PEFT's card is a form to fill in; ours comes with the export
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Copies weights written by `save_weights` into the model, in place and bit for bit.
+    """Copies weights written by `save_weights` or `save_trained` into the model, bit for bit.
 
     Raises:
-        ValueError: names in the files and in the model differ.
+        ValueError: a weight that is trained is missing, or the model has no weight of a name.
     """
     from safetensors.torch import load_file
 
@@ -80,7 +141,8 @@ def load_weights(model: Any, folder: Path) -> None:
         if file.name != "optim.safetensors":
             stored.update(load_file(file))
     targets = dict(_stored_names(model))
-    missing = sorted(set(targets) - set(stored))
+    trained = {name for name, tensor in targets.items() if tensor.requires_grad}
+    missing = sorted(trained - set(stored))
     # PEFT writes the frozen weight of an adapted embedding or head beside its adapter.
     stored = {name: tensor for name, tensor in stored.items() if ".base_layer." not in name}
     unknown = sorted(set(stored) - set(targets))
@@ -97,10 +159,21 @@ def load_weights(model: Any, folder: Path) -> None:
 def _stored_names(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's tensors under the names `save_weights` gives them."""
     if not hasattr(model, "peft_config"):
-        yield from model.state_dict().items()
+        # keep_vars: the parameters themselves, which know whether they are trained.
+        yield from model.state_dict(keep_vars=True).items()
         return
     for name, parameter in trainable_parameters(model):
-        yield re.sub(r"\.default(?=\.|$)", "", name), parameter.data
+        yield re.sub(r"\.default(?=\.|$)", "", name), parameter
+
+
+def _check_layers(wanted: int, available: int) -> None:
+    if wanted > available:
+        raise RecipeError(
+            "recipe.layers",
+            "method.layers",
+            found=str(wanted),
+            expected=f"at most {available}, the layers of this model",
+        )
 
 
 def _linear_names(model: Any) -> list[str]:

@@ -17,6 +17,7 @@ from tunesmith.config.recipe import ModelConfig
 from tunesmith.errors import ModelError
 from tunesmith.model.builtin import PREFIX, find_builtin
 from tunesmith.model.gguf import convert_gguf
+from tunesmith.model.quantize import check_quantized, keep_layout, quantization_arguments
 from tunesmith.ops.attention import attend
 from tunesmith.types import Reporter, Tokenizer
 
@@ -173,27 +174,38 @@ def fingerprint(source: ModelSource, config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def load_model(source: ModelSource, *, dtype: str = "auto", attention: str = "sdpa") -> Any:
+def load_model(
+    source: ModelSource, *, dtype: str = "auto", attention: str = "sdpa", quantize: str = "none"
+) -> Any:
     """Loads a causal language model's weights onto the CPU, in eval mode.
 
     Args:
         source: from `find_model`.
         dtype: float32, bfloat16, or auto for the files' own.
         attention: a name in transformers' attention registry.
+        quantize: nf4 quantizes the linear layers while they are read, and leaves the model on the
+            accelerator if there is one.
 
     Raises:
-        ModelError: the files cannot be read as a causal language model (`model.unreadable`).
+        ModelError: the files cannot be read as a causal language model (`model.unreadable`), or
+            not be quantized.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     # A name that has no mask function: transformers then builds no mask (masking_utils.py).
     AttentionInterface.register(PACKED_ATTENTION, attend)
+    is_plain = quantize == "none"
+    how = {} if is_plain else quantization_arguments(source.label, load_config(source), dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            **source.place, dtype=dtype, attn_implementation=attention
+        model = AutoModelForCausalLM.from_pretrained(
+            **source.place, dtype=dtype, attn_implementation=attention, **how
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _load_error(source, error, "model.unreadable", "a causal language model") from error
+    if not is_plain:
+        check_quantized(model, source.label)
+    keep_layout(model)
+    return model
 
 
 def random_model(config: Any, *, is_bf16: bool) -> Any:

@@ -1,20 +1,58 @@
-"""What a run will need, computed from the model's configuration alone."""
+"""What a run will need: from the model's configuration, and from tiny steps on the real model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from tunesmith.config.recipe import FullConfig, LoraConfig, Recipe
+from tunesmith.config.budget import Level, Needs
+from tunesmith.config.recipe import FreezeConfig, FullConfig, LoraConfig, Recipe
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import attach, trainable_parameters
+from tunesmith.model.fast_layer import UnsuitableError, describe_layer
+from tunesmith.model.layers import decoder_of, first_trainable_layer, layer_list
+from tunesmith.ops.linear_logp import BLOCK_BYTES, CHUNK_BYTES
+from tunesmith.ops.optim import bytes_per_parameter
+from tunesmith.types import PackedBatch, Segments
+
+Method = FullConfig | LoraConfig | FreezeConfig
+
+NF4_BYTES = 0.52
+"""Of a weight quantized to NF4 with double quantization: 4.127 bits (arXiv 2305.14314)."""
+
+RUNTIME_BYTES = {"cpu": 180 * 2**20, "cuda": 96 * 2**20, "mps": 100 * 2**20}
+"""What training takes besides tensors once the weights are there. On a CPU it is the process: 60 MB
+of modules and of what loading left, up to 120 MB of oneDNN's kernels (`device.PRIMITIVES`)."""
+
+HOLES = 0.08
+"""Of the tensors of a step, what a CPU's heap loses between them when it is trimmed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes of a model and of what is trained of it."""
+    """Sizes of a model and of what is trained of it.
+
+    Args:
+        num_parameters: of the model without adapters.
+        num_trained: adapters, or weights of the model itself.
+        num_layers: decoder layers.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP.
+        context_tokens: the longest sequence the model knows.
+        num_embeddings: rows of the embedding.
+        query_size: width of all query heads together.
+        key_size: width of all key heads together; values have as much.
+        num_linear: parameters of the linear layers inside decoder layers.
+        adapter_ranks: ranks of all adapters of a layer added up.
+        trained_layers: layers from the first trained one to the last: only they keep anything.
+        is_known: the layers have our own forward and backward.
+    """
 
     num_parameters: int
     num_trained: int
@@ -23,18 +61,15 @@ class Sizes:
     intermediate_size: int
     context_tokens: int
     num_embeddings: int
+    query_size: int
+    key_size: int
+    num_linear: int
+    adapter_ranks: int
+    trained_layers: int
+    is_known: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """Memory of a run in bytes."""
-
-    weight_bytes: int
-    optimizer_bytes: int
-    activation_bytes_per_token: int
-
-
-def measure_config(config: Any, method: FullConfig | LoraConfig) -> Sizes:
+def measure_config(config: Any, method: Method) -> Sizes:
     """Counts a model's parameters, and those that a method trains, without making them.
 
     Raises:
@@ -54,43 +89,259 @@ def measure_config(config: Any, method: FullConfig | LoraConfig) -> Sizes:
                 expected="a causal language model",
             ) from error
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        num_linear = _count_linear(model)
         trained = attach(model, _with_numbers(method))
     text = config.get_text_config()
-    hidden = text.hidden_size
+    hidden, num_layers = text.hidden_size, text.num_hidden_layers
+    heads = getattr(text, "num_attention_heads", None) or 1
+    head_size = getattr(text, "head_dim", None) or hidden // heads
     return Sizes(
         num_parameters=num_parameters,
         num_trained=sum(p.numel() for _, p in trainable_parameters(trained)),
-        num_layers=text.num_hidden_layers,
+        num_layers=num_layers,
         hidden_size=hidden,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * hidden,
         context_tokens=getattr(text, "max_position_embeddings", None) or 4096,
         num_embeddings=model.get_input_embeddings().num_embeddings,
+        query_size=heads * head_size,
+        key_size=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
+        num_linear=num_linear,
+        adapter_ranks=_ranks_per_layer(trained),
+        trained_layers=num_layers - first_trainable_layer(trained),
+        is_known=_is_known(trained),
     )
 
 
-def estimate_needs(sizes: Sizes, recipe: Recipe, *, is_bf16: bool) -> Needs:
-    """Estimates the memory of a recipe on a model.
+def estimate_needs(
+    sizes: Sizes, recipe: Recipe, *, is_bf16: bool, device_kind: str = "cpu", used_bytes: int = 0
+) -> Needs:
+    """Estimates the memory of a recipe's steps on a model.
 
-    Activations are the tensors that a decoder layer keeps for its backward, counted with
-    saved_tensors_hooks on Llama layers (H=576, F=1536): 42.7 KB a token in fp32 with LoRA, 46.9 KB
-    without, 27.4 and 25.8 KB in bfloat16, whose norms keep fp32 besides. The formula is within
-    10 % of them. What the allocator holds back is not covered.
+    Args:
+        sizes: of the model.
+        recipe: what to do with it.
+        is_bf16: whether it computes in bfloat16.
+        device_kind: cpu, cuda or mps.
+        used_bytes: what the process uses on the device before the weights come.
     """
-    is_lora = isinstance(recipe.method, LoraConfig)
     width = 2 if is_bf16 else 4
-    base_width = width if is_lora else 4  # full tuning keeps fp32 weights
-    kept = (8 * sizes.hidden_size + 4 * sizes.intermediate_size) * width
-    norms = 10 * sizes.hidden_size if is_bf16 else 0
+    is_full = isinstance(recipe.method, FullConfig)
+    is_lora = isinstance(recipe.method, LoraConfig)
+    weights = sizes.num_parameters * width
+    if recipe.model.quantize == "nf4":
+        weights -= round(sizes.num_linear * (width - NF4_BYTES))
+    trains_head = is_full or (isinstance(recipe.method, FreezeConfig) and recipe.method.head)
+    head_gradient = 4 * sizes.num_embeddings * sizes.hidden_size if trains_head else 0
+    hidden = sizes.hidden_size * width
+    working = (4 * sizes.intermediate_size + 4 * sizes.hidden_size) * width
+    layers = dict(kept_per_token(sizes, width))
+    if device_kind != "cuda":
+        layers.pop("offload", None)  # the device's memory is the host's
+    if recipe.train.checkpointing not in ("auto", "none"):
+        working += layers["none"]  # of the layer that is made again
     return Needs(
-        weight_bytes=sizes.num_parameters * base_width,
-        # Two moments and a gradient in fp32, and the adapter's own fp32 weights.
-        optimizer_bytes=sizes.num_trained * (8 + 4 + (4 if is_lora else 0)),
-        activation_bytes_per_token=sizes.num_layers * (kept + norms),
+        weight_bytes=weights,
+        optimizer_bytes=round(sizes.num_trained * _optimizer_bytes(recipe, is_bf16=is_bf16)),
+        other_bytes=used_bytes + RUNTIME_BYTES[device_kind],
+        layers=layers,
+        num_layers=sizes.trained_layers,
+        # The last layer's output and its norm, the head's gradient; ids, positions and angles.
+        rest=4 * hidden + 16 + 8 * sizes.key_size // max(1, sizes.key_size // 64),
+        working=working,
+        head_bytes=4 * BLOCK_BYTES + head_gradient,
+        head_per_token=sizes.num_embeddings * width,
+        head_most=CHUNK_BYTES,
+        holes=0.0 if device_kind == "cuda" else HOLES,
     )
 
 
-def _with_numbers(method: FullConfig | LoraConfig) -> FullConfig | LoraConfig:
-    if isinstance(method, FullConfig):
+def kept_per_token(sizes: Sizes, width: int) -> Mapping[Level, float]:
+    """Bytes that one decoder layer keeps of a token for its backward, by level.
+
+    Our own layers keep their two inputs, q, k and v, the attention's output with its logarithms,
+    gate and up, and a few numbers for norms and adapters. Transformers' own keep more: counted with
+    saved_tensors_hooks on Llama layers (H=576, F=1536) 42.7 KB a token in fp32 with LoRA, 46.9 KB
+    without, 27.4 and 25.8 KB in bfloat16, whose norms keep fp32 besides.
+    """
+    hidden, inner = sizes.hidden_size, sizes.intermediate_size
+    if not sizes.is_known:
+        norms = 10 * hidden if width == 2 else 0
+        return {"none": (8 * hidden + 4 * inner) * width + norms}
+    heads = 2 * sizes.query_size + 2 * sizes.key_size
+    logs = 4 * max(1, sizes.query_size // 64)
+    small = sizes.adapter_ranks * width + 2 * 4 + logs
+    without_inner = (2 * hidden + heads) * width + small
+    return {
+        "none": without_inner + 2 * inner * width,
+        "mlp": without_inner,
+        "full": hidden * width,
+        "offload": 0.0,
+    }
+
+
+# From tiny steps
+
+
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """Live tensors of one step beyond what was there before it.
+
+    Args:
+        kept: when the backward begins.
+        peak: the most at any time.
+    """
+
+    kept: int
+    peak: int
+
+
+def refine_needs(
+    needs: Needs, measure: Callable[[int], StepBytes], sizes: tuple[int, int]
+) -> Needs:
+    """Needs whose bytes per token come from two steps of different size.
+
+    Live memory is linear in tokens, so tiny steps say as much as large ones. They run with a single
+    supervised row: the head's memory, which is not linear, stays as computed.
+
+    Args:
+        needs: the estimate, for the levels that the steps ran with.
+        measure: runs a step of so many tokens.
+        sizes: the tokens of the two steps.
+    """
+    small, large = sorted(sizes)
+    first, second = measure(small), measure(large)
+    kept = (second.kept - first.kept) / (large - small)
+    peak = (second.peak - first.peak) / (large - small)
+    factor = max(0.0, kept - needs.rest) / max(1.0, needs.layers["none"] * needs.num_layers)
+    return replace(
+        needs,
+        layers={level: size * factor for level, size in needs.layers.items()},
+        working=max(0.0, peak - kept),
+    )
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside it that are still alive, and their peak.
+
+    Not counted: what a kernel takes and gives back within one operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        """Runs an operation and takes note of the storages of its results."""
+        given = {
+            id(_storage(x)) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+        }
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor):
+                self._note(_storage(result), given)
+        return results
+
+    def _note(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        if id(storage) in given or storage in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen.add(storage)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.now -= size
+
+
+def measure_step(
+    forward: Callable[[int], torch.Tensor], num_tokens: int, device: torch.device
+) -> StepBytes:
+    """Live bytes of a forward and backward of so many tokens.
+
+    CUDA's allocator counts them itself. On a CPU the resident set of such small steps says little,
+    so tensors are counted as they come and go.
+
+    Args:
+        forward: gives the loss of a batch of so many tokens.
+        num_tokens: of the batch.
+        device: where the model is.
+    """
+    if device.type == "cuda":
+        return _measure_cuda(forward, num_tokens)
+    live = LiveBytes()
+    with live:
+        loss = forward(num_tokens)
+        kept = live.now
+        loss.backward()
+    return StepBytes(kept, live.peak)
+
+
+def probe_batch(num_tokens: int, device: torch.device) -> PackedBatch:
+    """A batch of one sequence with a single supervised row."""
+    ids_T, last = torch.arange(num_tokens) % 97, torch.tensor([num_tokens - 2])
+    return PackedBatch(
+        ids_T=ids_T,
+        position_T=torch.arange(num_tokens),
+        segments=Segments((num_tokens,)),
+        row_N=last,
+        target_N=ids_T[last + 1],
+        weight_N=torch.ones(1),
+        sample_N=torch.zeros(1, dtype=torch.int64),
+        num_tokens=num_tokens,
+    ).to(device)
+
+
+def _measure_cuda(forward: Callable[[int], torch.Tensor], num_tokens: int) -> StepBytes:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = forward(num_tokens)
+    kept = torch.cuda.memory_allocated() - before
+    loss.backward()
+    torch.cuda.synchronize()
+    return StepBytes(kept, torch.cuda.max_memory_allocated() - before)
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
+
+
+def _optimizer_bytes(recipe: Recipe, *, is_bf16: bool) -> float:
+    """Of a trained parameter: gradient, moments, a master copy; an adapter itself, in fp32."""
+    optimizer, is_lora = recipe.train.optimizer, isinstance(recipe.method, LoraConfig)
+    return 4 * is_lora + bytes_per_parameter(
+        optimizer.states, is_bf16=is_bf16 and not is_lora, keep_master=optimizer.keep_master
+    )
+
+
+def _count_linear(model: Any) -> int:
+    _, layers = layer_list(decoder_of(model))
+    linear = [m for m in layers.modules() if isinstance(m, torch.nn.Linear)]
+    return sum(module.weight.numel() for module in linear)
+
+
+def _ranks_per_layer(model: Any) -> int:
+    """Ranks of the last layer's adapters added up."""
+    _, layers = layer_list(decoder_of(model))
+    return sum(p.shape[0] for name, p in layers[-1].named_parameters() if ".lora_A." in name)
+
+
+def _is_known(model: Any) -> bool:
+    decoder = decoder_of(model)
+    try:
+        describe_layer(layer_list(decoder)[1][0])
+    except UnsuitableError:
+        return False
+    return True
+
+
+def _with_numbers(method: Method) -> Method:
+    if not isinstance(method, LoraConfig):
         return method
     rank = 16 if method.rank == "auto" else method.rank
     return method.model_copy(update={"rank": rank, "alpha": 2.0 * rank})

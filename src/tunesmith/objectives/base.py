@@ -2,6 +2,8 @@
 
 A new objective is one file with a class, and one line in OBJECTIVES there. Those to come have their
 places here: pretrain (lm.py), reward (reward.py), dpo, kto, orpo, simpo (preference.py), ppo, grpo.
+
+Shape letters: T tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -31,5 +33,17 @@ class Objective(Protocol):
     """A pure function of model and batch."""
 
     def step(self, model: Any, batch: PackedBatch) -> StepResult:
-        """Loss and metrics of one micro-batch; `batch` is on the model's device."""
+        """Loss and metrics of one micro-batch; `batch` is on the model's device.
+
+        A model in eval mode is being measured: what only helps training (label smoothing, z-loss)
+        stays out of its loss, as dropout does.
+        """
+        ...
+
+
+class Trunk(Protocol):
+    """Another way through the decoder, one that may skip layers whose result is known."""
+
+    def decode(self, base: Any, batch: PackedBatch) -> torch.Tensor:
+        """The decoder's last hidden states, `hidden_TH`; `base` is the model without adapters."""
         ...

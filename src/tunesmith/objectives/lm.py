@@ -1,43 +1,72 @@
 """Language-model objectives on packed batches.
 
-Shape letters: T tokens, H hidden size, N supervised rows, V vocabulary.
+Shape letters: T tokens, H hidden size, N supervised rows, R rows of a chunk, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from tunesmith.objectives.base import StepResult
-from tunesmith.ops.linear_logp import linear_logp
+from tunesmith.objectives.base import StepResult, Trunk
+from tunesmith.ops.linear_logp import CHUNK_BYTES, linear_cross_entropy, linear_logp, row_losses
 from tunesmith.types import PackedBatch
 
 
+@dataclass(frozen=True)
 class SftObjective:
-    """Cross-entropy of the supervised tokens, each times its weight."""
+    """Cross-entropy of the supervised tokens, each times its weight.
+
+    Args:
+        label_smoothing: share of each target's probability spread over the vocabulary.
+        z_loss: weight of the squared log-normalizer (arXiv 2204.02311 §5).
+        trunk: another way through the decoder; None is the model's own.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    trunk: Trunk | None = None
 
     def step(self, model: Any, batch: PackedBatch) -> StepResult:
-        """`loss_sum = -sum(weight * log p(target))`; a batch without supervised rows gives 0."""
-        logp_N = supervised_logp(model, batch)
-        weight_N = batch.weight_N.to(logp_N.dtype)
-        return StepResult(loss_sum=-(weight_N * logp_N).sum())
+        """`loss_sum = sum(weight * loss)`; a batch without supervised rows gives 0.
+
+        In eval mode the loss is the plain cross-entropy, without smoothing and z-loss.
+        """
+        extra: dict[str, Any] = {}
+        if model.training:
+            extra = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
+        base, hidden_NH = supervised_hidden(model, batch, self.trunk)
+        head, form = base.get_output_embeddings(), head_form(base.config)
+        if is_matrix(head):
+            loss_sum = linear_cross_entropy(
+                hidden_NH, head.weight, batch.target_N, batch.weight_N,
+                bias_V=head.bias, **form, **extra,
+            )  # fmt: skip
+        else:
+            loss_N = head_losses(head, hidden_NH, batch.target_N, **form, **extra)
+            loss_sum = (batch.weight_N.to(loss_N.dtype) * loss_N).sum()
+        return StepResult(loss_sum=loss_sum)
 
 
-def supervised_logp(model: Any, batch: PackedBatch) -> torch.Tensor:
+def supervised_logp(model: Any, batch: PackedBatch, trunk: Trunk | None = None) -> torch.Tensor:
     """Log-probability of every supervised token, `logp_N`; only their rows reach the head."""
+    base, hidden_NH = supervised_hidden(model, batch, trunk)
+    head, form = base.get_output_embeddings(), head_form(base.config)
+    if is_matrix(head):
+        return linear_logp(hidden_NH, head.weight, batch.target_N, bias_V=head.bias, **form)
+    return -head_losses(head, hidden_NH, batch.target_N, **form)
+
+
+def supervised_hidden(
+    model: Any, batch: PackedBatch, trunk: Trunk | None = None
+) -> tuple[Any, torch.Tensor]:
+    """The model without its adapters' wrapper, and the hidden states that predict, `hidden_NH`."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden_TH = decode(base, batch)
-    hidden_NH = hidden_TH.index_select(0, batch.row_N)
-    head: Any = base.get_output_embeddings()
-    scale, softcap = head_scale(base.config)
-    if isinstance(head, torch.nn.Linear) and getattr(head, "bias", None) is None:
-        return linear_logp(hidden_NH, head.weight, batch.target_N, scale=scale, softcap=softcap)
-    # An adapted or biased head goes the plain way.
-    logits_NV = head(hidden_NH).float() * scale
-    if softcap is not None:
-        logits_NV = softcap * torch.tanh(logits_NV / softcap)
-    return logits_NV.log_softmax(-1).gather(1, batch.target_N[:, None])[:, 0]
+    hidden_TH = decode(base, batch) if trunk is None else trunk.decode(base, batch)
+    return base, hidden_TH.index_select(0, batch.row_N)
 
 
 def decode(base: Any, batch: PackedBatch) -> torch.Tensor:
@@ -51,8 +80,32 @@ def decode(base: Any, batch: PackedBatch) -> torch.Tensor:
     return out.last_hidden_state[0]
 
 
-def head_scale(config: Any) -> tuple[float, float | None]:
-    """(factor on the logits, soft cap) under the names that model families use for them."""
+def is_matrix(head: Any) -> bool:
+    """Whether the head is a plain matrix, not an adapted or a quantized one."""
+    return isinstance(head, torch.nn.Linear) and head.weight.shape == (
+        head.out_features,
+        head.in_features,
+    )
+
+
+def head_losses(
+    head: Any, hidden_NH: torch.Tensor, target_N: torch.Tensor, **form: Any
+) -> torch.Tensor:
+    """Loss of each row under any head, a chunk at a time; the backward makes the logits again."""
+
+    def losses(hidden_RH: torch.Tensor, target_R: torch.Tensor) -> torch.Tensor:
+        return row_losses(head(hidden_RH), target_R, **form)
+
+    rows = max(1, CHUNK_BYTES // (4 * head.out_features))
+    parts = list(zip(hidden_NH.split(rows), target_N.split(rows), strict=True))
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        return torch.cat([losses(*part) for part in parts])
+    pieces: list[Any] = [checkpoint(losses, *part, use_reentrant=False) for part in parts]
+    return torch.cat(pieces)
+
+
+def head_form(config: Any) -> dict[str, Any]:
+    """Factor on the logits and soft cap, under the names that model families use for them."""
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}  # Gemma 2

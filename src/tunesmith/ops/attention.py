@@ -1,17 +1,27 @@
-"""Attention within each segment of a packed batch; no mask is ever built for it.
+"""Attention within each segment of a packed batch; no mask of the whole batch is ever built.
 
-Shape letters: B=1, H query heads, K key/value heads, T tokens, L tokens of a segment, D head size.
+Where torch has its varlen kernels they are used, elsewhere see `ops.products`.
+
+Shape letters: B=1, T tokens, H query heads, K key/value heads, G = H / K, D head size, L tokens of
+a segment, S tokens it sees.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+
+from tunesmith.ops.products import attend_by_products
 
 if TYPE_CHECKING:
     from tunesmith.types import Segments
+
+MOST_VARLEN_NUMBERS = 2**31
+"""Flash attention's backward counts (rows + 128 * segments) * heads * head size in int32."""
 
 
 def attend(
@@ -38,23 +48,48 @@ def attend(
     """
     if unused.get("s_aux") is not None:
         raise NotImplementedError("attention sinks (s_aux) are not covered by packed attention")
-    window = sliding_window if sliding_window and sliding_window < segments.longest else None
-    if softcap is None and dropout == 0.0 and _fits_varlen(query_1HTD, value_1KTD):
-        out_THD = _attend_varlen(query_1HTD, key_1KTD, value_1KTD, segments, scaling, window)
-        return out_THD.unsqueeze(0), None
-    pieces: list[torch.Tensor] = []
-    for start, count, length in segments.runs:
-        stop = start + count * length
-        # Neighbours of equal length are one batched call: a view, not a copy.
-        q, k, v = (
-            _as_batch(x[0, :, start:stop], count, length)
-            for x in (query_1HTD, key_1KTD, value_1KTD)
-        )
-        o_nHLD = _attend_dense(
-            q, k, v, scaling=scaling, dropout=dropout, window=window, softcap=softcap
-        )
-        pieces.append(o_nHLD.transpose(1, 2).reshape(count * length, *_out_shape(o_nHLD)))
-    return torch.cat(pieces).unsqueeze(0), None
+    q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1KTD, value_1KTD))
+    window = sliding_window or None
+    if softcap is None and dropout == 0.0:
+        out_THD = attend_packed(q_THD, k_TKD, v_TKD, segments, scaling=scaling, window=window)
+    else:
+        out_THD = _attend_plainly(
+            q_THD, k_TKD, v_TKD, segments,
+            scaling=scaling, dropout=dropout, window=window, softcap=softcap,
+        )  # fmt: skip
+    return out_THD.unsqueeze(0), None
+
+
+def attend_packed(
+    query_THD: torch.Tensor,
+    key_TKD: torch.Tensor,
+    value_TKD: torch.Tensor,
+    segments: Segments,
+    *,
+    scaling: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention of each token to its own segment and to the segment's ancestors.
+
+    Args:
+        query_THD: queries, `[T, H, D]`; the head size of values may differ from theirs.
+        key_TKD: keys; each serves `H / K` neighboring query heads.
+        value_TKD: values, whose type the output takes (under autocast, autocast's).
+        segments: the segment table of the T tokens.
+        scaling: factor on the scores.
+        window: tokens that a token sees at most, itself included.
+
+    Returns:
+        the output, contiguous, `[T, H, D of the values]`.
+    """
+    if window is not None and window >= segments.reach:
+        window = None
+    # Rotary tables in fp32 widen q and k under autocast, which does not know what follows.
+    dtype = _working_dtype(value_TKD)
+    q, k, v = (x.to(dtype) for x in (query_THD, key_TKD, value_TKD))
+    if _fits_varlen(q, v):
+        return _attend_varlen(q, k, v, segments, scaling, window)
+    return attend_by_products(q, k, v, segments, scaling=scaling, window=window)
 
 
 def attend_reference(
@@ -63,14 +98,20 @@ def attend_reference(
     value_1KTD: torch.Tensor,
     segments: Segments,
     scaling: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """The slow and obvious form of `attend`: one full matrix with a block mask. For tests."""
-    num_tokens = query_1HTD.shape[2]
-    segment_T = torch.repeat_interleave(
-        torch.arange(len(segments.lengths)), torch.tensor(segments.lengths)
-    )
-    order_T = torch.arange(num_tokens)
-    visible_TT = (segment_T[:, None] == segment_T[None, :]) & (order_T[:, None] >= order_T[None, :])
+    numbers = range(len(segments.lengths))
+    lengths = torch.tensor(segments.lengths)
+    segment_T = torch.arange(len(lengths)).repeat_interleave(lengths)
+    order_T = torch.arange(len(segment_T))
+    starts = torch.tensor(segments.starts[:-1]) - torch.tensor(segments.offsets)
+    position_T = order_T - starts[segment_T]
+    is_before = torch.tensor([[b in segments.ancestors(a) for b in numbers] for a in numbers])
+    is_same_TT = segment_T[:, None] == segment_T[None, :]
+    back_TT = position_T[:, None] - position_T[None, :]
+    visible_TT = is_same_TT & (back_TT >= 0) | is_before[segment_T][:, segment_T]
+    visible_TT &= back_TT < (window or len(segment_T))
     groups = query_1HTD.shape[1] // key_1KTD.shape[1]
     key_1HTD = key_1KTD.repeat_interleave(groups, dim=1)
     value_1HTD = value_1KTD.repeat_interleave(groups, dim=1)
@@ -79,93 +120,175 @@ def attend_reference(
     return (weights_1HTT @ value_1HTD).transpose(1, 2)
 
 
-def _out_shape(out_nHLD: torch.Tensor) -> tuple[int, int]:
-    # The value's head size may differ from the query's (DeepSeek's latent attention).
-    return out_nHLD.shape[1], out_nHLD.shape[3]
+def _working_dtype(value_TKD: torch.Tensor) -> torch.dtype:
+    kind = value_TKD.device.type
+    if torch.is_autocast_enabled(kind) and value_TKD.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return value_TKD.dtype
 
 
-def _fits_varlen(query_1HTD: torch.Tensor, value_1KTD: torch.Tensor) -> bool:
+# CUDA
+
+
+def _fits_varlen(q_THD: torch.Tensor, v_TKD: torch.Tensor) -> bool:
     """Whether torch's flash kernels take these: half precision, Ampere or newer, equal heads."""
-    size = query_1HTD.shape[3]
+    size = q_THD.shape[2]
     return (
-        query_1HTD.is_cuda
-        and value_1KTD.dtype in (torch.bfloat16, torch.float16)
-        and size == value_1KTD.shape[3]
+        q_THD.is_cuda
+        and v_TKD.dtype in (torch.bfloat16, torch.float16)
+        and size == v_TKD.shape[2]
         and size <= 256
         and size % 8 == 0
-        and torch.cuda.get_device_capability(query_1HTD.device) >= (8, 0)
+        and torch.cuda.get_device_capability(q_THD.device) >= (8, 0)
     )
 
 
-def _as_batch(x_HTD: torch.Tensor, count: int, length: int) -> torch.Tensor:
-    heads, _, size = x_HTD.shape
-    return x_HTD.reshape(heads, count, length, size).transpose(0, 1)
-
-
 def _attend_varlen(
-    query_1HTD: torch.Tensor,
-    key_1KTD: torch.Tensor,
-    value_1KTD: torch.Tensor,
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
     segments: Segments,
     scaling: float,
     window: int | None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    cumulative = segments.cumulative(query_1HTD.device)
-    # Rotary tables in fp32 widen q and k under autocast, which does not know varlen_attn.
-    query_1HTD, key_1KTD = query_1HTD.to(value_1KTD.dtype), key_1KTD.to(value_1KTD.dtype)
-    # (w, 0): w tokens back and none ahead; -1 is "all", which makes it plain causal attention.
-    reach = -1 if window is None else window - 1
-    out = varlen_attn(
-        query_1HTD[0].transpose(0, 1),
-        key_1KTD[0].transpose(0, 1),
-        value_1KTD[0].transpose(0, 1),
-        cumulative,
-        cumulative,
-        segments.longest,
-        segments.longest,
-        scale=scaling,
-        window_size=(reach, 0),
-        enable_gqa=query_1HTD.shape[1] != key_1KTD.shape[1],
+    pieces: list[torch.Tensor] = []
+    for call in varlen_calls(segments, q_THD.shape[1] * q_THD.shape[2], q_THD.device):
+        begin, end = call.rows
+        k, v = (
+            x[begin:end] if call.keys is None else x.index_select(0, call.keys)
+            for x in (k_TKD, v_TKD)
+        )
+        out = varlen_attn(
+            q_THD[begin:end],
+            k,
+            v,
+            call.cumulative_rows,
+            call.cumulative_keys,
+            call.longest_rows,
+            call.longest_keys,
+            scale=scaling,
+            # (w, 0): w tokens back and none ahead of the last key; -1 is all of them.
+            window_size=(-1 if window is None else window - 1, 0),
+            enable_gqa=q_THD.shape[1] != k_TKD.shape[1],
+        )
+        if not isinstance(out, torch.Tensor):
+            raise TypeError("varlen_attn returned auxiliary output that was not asked for")
+        pieces.append(out)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+@dataclass(frozen=True)
+class VarlenCall:
+    """One call of varlen attention: some segments' rows, and for each the keys it sees."""
+
+    rows: tuple[int, int]
+    keys: torch.Tensor | None  # None: the same tokens as the rows
+    cumulative_rows: torch.Tensor
+    cumulative_keys: torch.Tensor
+    longest_rows: int
+    longest_keys: int
+
+
+def varlen_calls(segments: Segments, row_size: int, device: torch.device) -> list[VarlenCall]:
+    """The calls for a batch, made once per device; several only where int32 would overflow."""
+    key = ("varlen", row_size, device)
+    if key not in segments.memo:
+        segments.memo[key] = [
+            _varlen_call(segments, first, last, device)
+            for first, last in _within_int32(segments, row_size)
+        ]
+    return cast("list[VarlenCall]", segments.memo[key])
+
+
+def _within_int32(segments: Segments, row_size: int) -> Iterator[tuple[int, int]]:
+    first, numbers = 0, 0
+    for segment, (offset, length) in enumerate(
+        zip(segments.offsets, segments.lengths, strict=True)
+    ):
+        more = (offset + length + 128) * row_size
+        if segment > first and numbers + more >= MOST_VARLEN_NUMBERS:
+            yield first, segment
+            first, numbers = segment, 0
+        numbers += more
+    yield first, len(segments.lengths)
+
+
+def _varlen_call(segments: Segments, first: int, last: int, device: torch.device) -> VarlenCall:
+    starts = segments.starts
+    sees = [
+        [(starts[one], starts[one + 1]) for one in (*segments.ancestors(segment), segment)]
+        for segment in range(first, last)
+    ]
+    num_keys = [sum(stop - start for start, stop in ranges) for ranges in sees]
+    keys = torch.cat([torch.arange(*r) for ranges in sees for r in ranges])
+    lengths = segments.lengths[first:last]
+    cumulative_rows, cumulative_keys = (
+        torch.tensor((0, *accumulate(counts)), dtype=torch.int32, device=device)
+        for counts in (lengths, num_keys)
     )
-    if not isinstance(out, torch.Tensor):
-        raise TypeError("varlen_attn returned auxiliary output that was not asked for")
-    return out
+    return VarlenCall(
+        rows=(starts[first], starts[last]),
+        keys=keys.to(device) if num_keys != list(lengths) else None,
+        cumulative_rows=cumulative_rows,
+        cumulative_keys=cumulative_keys,
+        longest_rows=max(lengths),
+        longest_keys=max(num_keys),
+    )
 
 
-def _attend_dense(
-    q_nHLD: torch.Tensor,
-    k_nKLD: torch.Tensor,
-    v_nKLD: torch.Tensor,
+# Soft caps and dropout
+
+
+def _attend_plainly(
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    segments: Segments,
     *,
     scaling: float,
     dropout: float,
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    length = q_nHLD.shape[2]
-    mask_LL = None if window is None else _band(length, window, q_nHLD.device)
-    if softcap is None:
-        return scaled_dot_product_attention(
-            q_nHLD,
-            k_nKLD,
-            v_nKLD,
-            attn_mask=mask_LL,
-            dropout_p=dropout,
-            is_causal=mask_LL is None,
-            scale=scaling,
-            enable_gqa=q_nHLD.shape[1] != k_nKLD.shape[1],
+    """One segment after another, by autograd."""
+    pieces: list[torch.Tensor] = []
+    starts = segments.starts
+    for segment in range(len(segments.lengths)):
+        ranges = [(starts[one], starts[one + 1]) for one in segments.ancestors(segment)]
+        begin, end = starts[segment], starts[segment + 1]
+        ranges.append((begin, end))
+        k_KSD, v_KSD = (
+            torch.cat([x[start:stop] for start, stop in ranges]).transpose(0, 1)
+            for x in (k_TKD, v_TKD)
         )
-    groups = q_nHLD.shape[1] // k_nKLD.shape[1]
-    k_nHLD, v_nHLD = (x.repeat_interleave(groups, dim=1) for x in (k_nKLD, v_nKLD))
-    scores = softcap * torch.tanh(q_nHLD @ k_nHLD.transpose(2, 3) * scaling / softcap)
-    visible = _band(length, length if window is None else window, q_nHLD.device)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32)
-    return torch.dropout(weights.to(q_nHLD.dtype), dropout, train=dropout > 0) @ v_nHLD
+        out_HLD = _attend_dense(
+            q_THD[begin:end].transpose(0, 1), k_KSD, v_KSD,
+            scaling=scaling, dropout=dropout, window=window, softcap=softcap,
+        )  # fmt: skip
+        pieces.append(out_HLD.transpose(0, 1))
+    return torch.cat(pieces)
 
 
-def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
-    order_L = torch.arange(length, device=device)
-    back_LL = order_L[:, None] - order_L[None, :]
-    return (back_LL >= 0) & (back_LL < window)
+def _attend_dense(
+    q_HLD: torch.Tensor,
+    k_KSD: torch.Tensor,
+    v_KSD: torch.Tensor,
+    *,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    num_rows, num_keys = q_HLD.shape[1], k_KSD.shape[1]
+    groups = q_HLD.shape[0] // k_KSD.shape[0]
+    k_HSD, v_HSD = (x.repeat_interleave(groups, dim=0) for x in (k_KSD, v_KSD))
+    scores_HLS = q_HLD @ k_HSD.transpose(1, 2) * scaling
+    if softcap is not None:
+        scores_HLS = softcap * torch.tanh(scores_HLS / softcap)
+    row_L1 = torch.arange(num_keys - num_rows, num_keys, device=q_HLD.device)[:, None]
+    back_LS = row_L1 - torch.arange(num_keys, device=q_HLD.device)
+    visible = (back_LS >= 0) & (back_LS < (window or num_keys))
+    weights = scores_HLS.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32)
+    return torch.dropout(weights.to(v_HSD.dtype), dropout, train=dropout > 0) @ v_HSD

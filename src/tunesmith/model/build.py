@@ -1,0 +1,115 @@
+"""Builds the model that a run trains: weights, adapters, fast forwards, cached trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tunesmith.config.auto import number
+from tunesmith.config.budget import Level
+from tunesmith.config.recipe import Recipe
+from tunesmith.io.cache import cache_folder
+from tunesmith.model.adapters import attach, trainable_parameters
+from tunesmith.model.fast_path import fast_layers, make_fast, set_levels
+from tunesmith.model.load import PACKED_ATTENTION, ModelSource, load_model
+from tunesmith.model.memory import StepBytes, measure_step, probe_batch
+from tunesmith.model.packing import check_packing
+from tunesmith.model.trunk import CachedTrunk, open_trunk
+from tunesmith.ops.kernels import fuse_kernels
+from tunesmith.types import PackedBatch
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model that is ready to train.
+
+    Args:
+        model: on its device, with what is trained in it.
+        parameters: what is trained, by name.
+        trunk: frozen lower layers that run once a sequence, None where there are none.
+        autocast_dtype: what products are computed in where weights are not of one type.
+        notes: whose forward runs, and what is kept of the trunk.
+    """
+
+    model: Any
+    parameters: list[tuple[str, torch.nn.Parameter]]
+    trunk: CachedTrunk | None
+    autocast_dtype: torch.dtype | None
+    notes: tuple[str, ...]
+
+    def measure_memory(self, step: Callable[[Any, PackedBatch], Any], num_tokens: int) -> StepBytes:
+        """Memory of a small forward and backward; leaves no gradients.
+
+        Args:
+            step: of the objective; its result has a `loss_sum`.
+            num_tokens: of the batch.
+        """
+        device = self.parameters[0][1].device
+        dtype = self.autocast_dtype
+
+        def loss_of(num_tokens: int) -> torch.Tensor:
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                return step(self.model, probe_batch(num_tokens, device)).loss_sum
+
+        found = measure_step(loss_of, num_tokens, device)
+        for _, parameter in self.parameters:
+            parameter.grad = None
+        return found
+
+    def set_levels(self, levels: Sequence[Level]) -> None:
+        """Says for each layer with our forward what its backward makes again.
+
+        Args:
+            levels: of the layers from the first trained one on.
+        """
+        layers = fast_layers(self.model)
+        if layers:
+            frozen: list[Level] = ["none"] * (len(layers) - len(levels))
+            set_levels(self.model, [*frozen, *levels])
+
+
+def build_model(
+    source: ModelSource,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    num_tokens: int,
+    seed: Callable[[], None],
+) -> BuiltModel:
+    """Loads weights, attaches what is trained, and installs the fast forwards.
+
+    All weights are of the type that is computed with: what full tuning needs beyond bfloat16 are
+    the optimizer's float32 master copies.
+
+    Args:
+        source: of the weights.
+        recipe: resolved.
+        device: where it will be.
+        num_tokens: of all sequences, for the room that a cached trunk takes.
+        seed: seeds the drawing of new weights.
+    """
+    dtype, train, notes = recipe.model.dtype, recipe.train, list[str]()
+    base = load_model(
+        source, dtype=dtype, attention=PACKED_ATTENTION, quantize=recipe.model.quantize
+    )
+    check_packing(base, source.label)
+    seed()
+    model = attach(base, recipe.method, source.revision).to(device)
+    fuse_kernels(is_on=train.compile == "kernels")
+    notes.append(make_fast(model))
+    autocast_dtype = None
+    if dtype == "bfloat16" and not fast_layers(model):
+        autocast_dtype = torch.bfloat16  # float32 adapters between bfloat16 weights
+    trunk = None
+    if number(train.epochs) > 1:
+        trunk = open_trunk(
+            model,
+            cache_folder("trunks"),
+            num_tokens=num_tokens,
+            note=notes.append,
+            autocast_dtype=autocast_dtype,
+        )
+    return BuiltModel(model, trainable_parameters(model), trunk, autocast_dtype, tuple(notes))
