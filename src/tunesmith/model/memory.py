@@ -126,7 +126,6 @@ def estimate_needs(
     """
     width = 2 if is_bf16 else 4
     is_full = isinstance(recipe.method, FullConfig)
-    is_lora = isinstance(recipe.method, LoraConfig)
     weights = sizes.num_parameters * width
     if recipe.model.quantize == "nf4":
         weights -= round(sizes.num_linear * (width - NF4_BYTES))
