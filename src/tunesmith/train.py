@@ -26,7 +26,7 @@ from tunesmith.io.lock import directory_lock
 from tunesmith.job import Job, fit_memory, overview, prepare, validation_batches
 from tunesmith.model.adapters import load_weights, save_trained
 from tunesmith.model.build import build_model
-from tunesmith.model.device import HeapTrimmer, peak_memory_bytes, prepare_machine
+from tunesmith.model.device import HeapTrimmer, PeakMemory, prepare_machine
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.types import Json, Listener, Reporter, SilentReporter
 
@@ -54,8 +54,10 @@ def train(
             run_dir.save_recipes(loaded.recipe, job.resolved.recipe, job.resolved.reasons)
             state = restore(run, job.data_key)
             events.emit("start", state.step, overview(job, loaded.recipe, notes))
+            peak = PeakMemory(job.device)
+            peak.begin_phase()
             state = fit(run, state)
-            summary = finish(run, run_dir, job, state)
+            summary = finish(run, run_dir, job, state, peak.facts(job.predicted_bytes))
             events.emit("done", state.step, summary)
     return run_dir, summary
 
@@ -109,7 +111,9 @@ def build(
     return run, job, built.notes
 
 
-def finish(run: Run, run_dir: RunDirectory, job: Job, state: TrainState) -> dict[str, Json]:
+def finish(
+    run: Run, run_dir: RunDirectory, job: Job, state: TrainState, memory: dict[str, int]
+) -> dict[str, Json]:
     """Export: the best weights into `model/`, the plot, the summary."""
     if state.best_step is not None and state.best_step != state.step:
         run.checkpoints.load_best(
@@ -127,7 +131,7 @@ def finish(run: Run, run_dir: RunDirectory, job: Job, state: TrainState) -> dict
         "tokens_per_second": round(state.tokens_seen / max(state.train_seconds, 1e-9), 1),
         "tokens": state.tokens_seen,
         "trained_parameters": sum(parameter.numel() for _, parameter in run.parameters),
-        "peak_memory_bytes": peak_memory_bytes(job.device),
+        **memory,
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     label, is_adapter = Path(run.recipe.output).name, isinstance(run.recipe.method, LoraConfig)

@@ -76,7 +76,7 @@ GIVEN: dict[str, Any] = {
     "train.micro_batch_tokens": 123,
     "train.checkpointing": "mlp",
     "train.checkpointed_layers": 2,
-    "train.compile": "blocks",
+    "train.compile": "kernels",
     "train.learning_rate": 0.5,
     "checkpoint.every_steps": 9,
 }

@@ -180,10 +180,14 @@ class RunDisplay:
         self.close()
 
 
+def _gib(summary: dict[str, Json], name: str) -> str:
+    value = summary.get(name)  # a run finished by an older version lacks some
+    return "-" if value is None else f"{float(str(value)) / 2**30:.2f} GiB"
+
+
 def show_summary(console: Console, summary: dict[str, Json]) -> None:
     """Prints a finished run's figures."""
     table = Table(title="Result", show_header=False, title_justify="left")
-    peak = float(str(summary["peak_memory_bytes"])) / 2**30
     before, after = summary["eval_loss_before"], summary["eval_loss"]
     rows = {
         "train_loss": _number(summary["train_loss"], 4),
@@ -195,7 +199,9 @@ def show_summary(console: Console, summary: dict[str, Json]) -> None:
         "samples per second": _number(summary["samples_per_second"], 2),
         "tokens per second": _number(summary["tokens_per_second"], 0),
         "trained parameters": f"{int(str(summary['trained_parameters'])):,}",
-        "peak memory": f"{peak:.2f} GiB",
+        "peak memory": _gib(summary, "peak_memory_bytes"),
+        "of the steps": _gib(summary, "peak_of_steps_bytes"),
+        "as predicted": _gib(summary, "predicted_peak_of_steps_bytes"),
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -318,10 +318,10 @@ class TrainConfig(Strict):
     offload is full with the rest kept in the host's memory; auto takes the cheapest that fits."""
     checkpointed_layers: Auto | Annotated[int, Field(ge=0)] = "auto"
     """The first so many layers do so, the others one step less; auto is as many as must."""
-    compile: Literal["auto", "off", "kernels", "blocks"] = "auto"
-    """Let torch's compiler fuse chains of small operations (kernels) or whole layers (blocks).
+    compile: Literal["auto", "off", "kernels"] = "auto"
+    """Let torch's compiler fuse chains of small operations.
 
-    auto compiles kernels for long runs, which win back the time that compiling takes."""
+    auto does so for long runs, which win back the time that compiling takes."""
     learning_rate: Auto | Annotated[float, Field(gt=0)] = "auto"
     """Peak learning rate; auto follows method and model width."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -378,7 +378,7 @@ class Recipe(Strict):
     data: DataConfig
     """What to learn from."""
     method: MethodConfig = Field(default_factory=LoraConfig)
-    """How weights change: lora or full."""
+    """How weights change: lora, full, or freeze."""
     objective: SftConfig = Field(default_factory=SftConfig)
     """What is minimized: sft."""
     train: TrainConfig = Field(default_factory=TrainConfig)

@@ -258,6 +258,14 @@ class PeakMemory:
         """The peak of all phases."""
         return max(self._before, self.phase_bytes)
 
+    def facts(self, predicted_bytes: int) -> dict[str, int]:
+        """For the summary: the peak of all, of the last phase, and what was predicted for it."""
+        return {
+            "peak_memory_bytes": self.bytes,
+            "peak_of_steps_bytes": self.phase_bytes,
+            "predicted_peak_of_steps_bytes": predicted_bytes,
+        }
+
 
 def peak_memory_bytes(device: Device) -> int:
     """The most memory this process has used on the device so far."""
