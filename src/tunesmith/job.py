@@ -24,7 +24,13 @@ from tunesmith.data.store import StoreInputs, TokenStore
 from tunesmith.data.templates import Renderer, build_renderer
 from tunesmith.errors import ModelError
 from tunesmith.io.cache import cache_folder
-from tunesmith.model.device import Device, find_compiler, find_device, used_memory_bytes
+from tunesmith.model.device import (
+    Device,
+    find_compiler,
+    find_device,
+    prepare_machine,
+    used_memory_bytes,
+)
 from tunesmith.model.load import (
     ModelSource,
     check_weights_exist,
@@ -40,6 +46,7 @@ from tunesmith.model.memory import (
     measure_config,
     refine_needs,
 )
+from tunesmith.model.quantize import check_method
 from tunesmith.types import Json, PackedBatch, Reporter, Tokenizer
 
 
@@ -87,12 +94,14 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
         resolved: the values of an earlier start, to go on with exactly these.
     """
     recipe, data = loaded.recipe, loaded.recipe.data
+    check_method(recipe)
     source = find_model(recipe.model, reporter, loaded.folder)
     check_weights_exist(source)
     tokenizer = load_tokenizer(source)
     renderer, template = build_renderer(tokenizer, data, loaded.folder)
     config = load_config(source)
     device, sizes = find_device(), measure_config(config, recipe.method)
+    prepare_machine(device)
     sources = find_sources(data, loaded.locate, reporter)
     store = _open(sources.stored, renderer, recipe, reporter)
     findings = _look_at_rows(sources, renderer, reporter) if resolved is None else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tunesmith.config.load import LoadedRecipe
@@ -81,11 +82,12 @@ def build(
             seed=lambda: seed_run(recipe.train.seed),
         )
     options = recipe.objective.model_dump(exclude={"name"})
-    objective = OBJECTIVES[recipe.objective.name](**options, trunk=built.trunk)
-    job = fit_memory(job, lambda tokens: built.measure_memory(objective.step, tokens))
+    make_objective = partial(OBJECTIVES[recipe.objective.name], **options)
+    objective = make_objective(trunk=built.trunk)
+    job = fit_memory(job, lambda tokens: built.measure_memory(make_objective().step, tokens))
     built.set_levels(job.plan.levels)
     # The cuts of shared prefixes move from epoch to epoch: a cached trunk would never find them.
-    shares = job.loader.share_prefixes and built.trunk is None
+    shares = job.loader.share_prefixes and not built.wants_trunk
     loader = replace(job.loader, share_prefixes=shares)
     run = Run(
         recipe=job.resolved.recipe,

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -206,15 +206,6 @@ class Segments:
     def memo(self) -> dict[Hashable, object]:
         """What others derive from the table and keep as long as it lives."""
         return {}
-
-    def cumulative(self, device: torch.device) -> torch.Tensor:
-        """`starts` as an int32 tensor, made once per device (varlen attention reads it)."""
-        import torch
-
-        key = ("cumulative", device)
-        if key not in self.memo:
-            self.memo[key] = torch.tensor(self.starts, dtype=torch.int32, device=device)
-        return cast("torch.Tensor", self.memo[key])
 
 
 @dataclass(frozen=True)

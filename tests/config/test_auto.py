@@ -10,6 +10,7 @@ from tunesmith.config.auto import AUTO_KEYS, EPOCHS_BY_ROWS, Facts, number, reso
 from tunesmith.config.budget import Needs
 from tunesmith.config.load import flatten, recipe_from
 from tunesmith.config.recipe import LoraConfig, Recipe, Strict
+from tunesmith.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,9 +97,12 @@ def tree_of(keys: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("key", AUTO_KEYS)
 def test_a_value_given_stays(key: str) -> None:
-    resolved = resolve(recipe_from(tree_of({key: GIVEN[key]})), FACTS)
+    given = {key: GIVEN[key]}
+    if key == "train.checkpointed_layers":  # says nothing without a level
+        given["train.checkpointing"] = "mlp"
+    resolved = resolve(recipe_from(tree_of(given)), FACTS)
     assert flatten(resolved.recipe.model_dump(mode="json"))[key] == GIVEN[key]
-    assert set(resolved.reasons) == set(AUTO_KEYS) - {key}
+    assert set(resolved.reasons) == set(AUTO_KEYS) - set(given)
 
 
 def test_all_values_given_stay() -> None:
@@ -186,7 +190,7 @@ def test_learning_rate() -> None:
         ({"memory_bytes": 1 << 30}, (300, "full", 8)),
         ({"memory_bytes": 0}, (300, "full", 8)),
         ({"memory_bytes": 0, "longest_tokens": 5000}, (2048, "full", 8)),  # cut at max_length
-        ({"memory_bytes": 3 << 30, "longest_tokens": 2000}, (2048, "mlp", 3)),
+        ({"memory_bytes": 3 << 30, "longest_tokens": 2000}, (2048, "mlp", 4)),
     ],
 )
 def test_memory(facts: dict[str, Any], expected: tuple[int, str, int]) -> None:
@@ -199,7 +203,8 @@ def test_what_is_given_is_planned_around() -> None:
     given = recipe(train={"checkpointing": "full", "checkpointed_layers": 3})
     plan = resolve(given, FACTS).plan
     assert plan.levels == ("full",) * 3 + ("mlp",) * 5
-    assert plan.predicted_bytes == (1 << 30) + 2048 * (3 * (1 << 13) + 5 * (1 << 16))
+    kept, again = 3 * (1 << 13) + 5 * (1 << 16), (1 << 17) - (1 << 13)
+    assert plan.predicted_bytes == (1 << 30) + 2048 * (kept + again)
 
 
 def test_off_is_not_false() -> None:
@@ -309,3 +314,8 @@ def test_epochs_follow_what_an_epoch_draws() -> None:
     few = values(recipe(), **facts)
     assert few["train.epochs"] > values(recipe(), num_rows=100_000)["train.epochs"]
     assert few["train.global_batch"] == 2
+
+
+def test_layers_without_a_level_are_refused() -> None:
+    with pytest.raises(RecipeError, match="together with `checkpointing`"):
+        recipe(train={"checkpointed_layers": 3})

@@ -153,3 +153,10 @@ def test_compiling_must_pay() -> None:
     assert "no compiler" in why
     gained = WORTH_SECONDS * (1 - 1 / COMPILED_SPEEDUP)
     assert gained > 2 * COMPILE_SECONDS
+
+
+def test_a_layer_made_again_is_in_memory_once() -> None:
+    levels = tuple(["full"] * NEEDS.num_layers)
+    again = NEEDS.layers["none"] - NEEDS.layers["full"]
+    assert NEEDS.working_per_token(levels) == NEEDS.working + again
+    assert NEEDS.working_per_token(tuple(["none"] * NEEDS.num_layers)) == NEEDS.working

@@ -215,10 +215,6 @@ def test_the_segment_table() -> None:
     assert segments.starts == (0, 3, 6, 8, 9, 10, 11, 14)
     assert segments.longest == 3
     assert segments.runs == ((0, 2, 3), (6, 1, 2), (8, 3, 1), (11, 1, 3))
-    cumulative = segments.cumulative(torch.device("cpu"))
-    assert cumulative.dtype == torch.int32
-    assert cumulative.tolist() == list(segments.starts)
-    assert segments.cumulative(torch.device("cpu")) is cumulative
 
 
 def test_a_batch_on_another_device() -> None:

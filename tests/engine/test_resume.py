@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -327,3 +328,17 @@ def test_a_run_may_move_with_its_data_but_not_change_its_base(
         run_to_end(moved / "recipe.yaml", moved / "run")
     (moved / "base" / "config.json").write_text(json.dumps(config))
     assert run_to_end(moved / "recipe.yaml", moved / "run")["steps"] == 20
+
+
+def test_a_start_that_died_while_loading_begins_again(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, recipe = tmp_path / "run", tiny_recipe(train={"max_steps": 2})
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tunesmith.train.build_model", die)
+        run_to_end(recipe, output)
+    assert run_to_end(recipe, output)["steps"] == 2

@@ -171,3 +171,31 @@ def test_other_builds_are_refused_by_name() -> None:
 def test_nan_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_path, "check_equality", lambda model: float("nan"))
     assert "differs" in make_fast(make_model())
+
+
+def test_what_cannot_be_compared_leaves_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: Any) -> float:
+        raise TypeError("rotary_emb wants a layer type")
+
+    monkeypatch.setattr(fast_path, "check_equality", fail)
+    model = make_model()
+    assert "could not be compared (rotary_emb wants" in make_fast(model)
+    assert not fast_layers(model)
+
+
+def test_an_attention_of_another_name_is_not_guessed() -> None:
+    model = make_model()
+    attention = decoder_of(model).layers[0].self_attn
+    attention.__class__ = type("MinistralAttention", (type(attention),), {})
+    with pytest.raises(UnsuitableError, match="attention of the kind MinistralAttention"):
+        install_layers(model)
+
+
+def test_an_adapted_head_takes_bfloat16() -> None:
+    torch.manual_seed(0)
+    base = random_model(LlamaConfig(**TINY_SIZES, tie_word_embeddings=False), is_bf16=True)
+    model = attach(base, LoraConfig(rank=4, alpha=8.0, target=["q_proj", "lm_head"]))
+    assert make_fast(model).startswith("own forward and backward for all 2 layers")
+    logits = model.get_base_model().get_output_embeddings()(run(model))
+    assert logits.dtype == torch.bfloat16
+    logits.float().sum().backward()

@@ -340,3 +340,17 @@ def test_the_least_used_makes_room(tmp_path: Path) -> None:
     assert room_for(tmp_path, "mine", wanted_bytes=160, max_bytes=480) == 160
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
     assert len(in_use) == 1
+
+
+def test_an_index_that_cannot_grow_is_cut_back(
+    open_cache: Callable[..., TrunkCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    cache = open_cache(notes=notes)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:5]))
+    cache.write([key(1)], rows(1, 3), [3])
+    monkeypatch.undo()
+    assert notes == ["the cache of the frozen layers cannot grow: no room for its index"]
+    del cache
+    assert len(open_cache()) == 0

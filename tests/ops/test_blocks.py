@@ -105,3 +105,15 @@ def test_compiled_kernels_compute_the_same() -> None:
         test_gated_mlp(keeps_inner=True, trains_weight=False)
         test_norm_project(trains_weight=True)
         test_rotate_both()
+
+
+def test_a_norm_of_three_dimensions_sums_before_it_rounds() -> None:
+    """Rows of all leading dimensions are added up in fp32, then rounded once."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 6, 8).bfloat16()
+    weight = torch.randn(8).bfloat16().requires_grad_()
+    norm(x, weight, EPS).float().sum().backward()
+    wide = weight.detach().float().requires_grad_()
+    plain_norm(x.float(), wide).sum().backward()
+    assert weight.grad is not None and wide.grad is not None
+    torch.testing.assert_close(weight.grad.float(), wide.grad, rtol=2**-7, atol=0.02)

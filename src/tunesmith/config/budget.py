@@ -51,7 +51,7 @@ class Needs:
         layers: of one layer and token, by level; levels that a model cannot do are absent.
         num_layers: that keep something for the backward.
         rest: of a token, outside layers.
-        working: of a token, while one layer's backward runs.
+        working: of a token, while the backward of a layer runs that kept everything.
         head_bytes: while the head runs, beside its rows.
         head_per_token: while it runs, for each of its rows.
         head_most: of all rows together: more of them go through in parts.
@@ -79,10 +79,15 @@ class Needs:
         """Bytes kept for the backward by all layers and the rest."""
         return self.rest + sum(self.layers[level] for level in levels)
 
+    def working_per_token(self, levels: tuple[Level, ...]) -> float:
+        """Bytes while one layer's backward runs, with what that layer makes again."""
+        again = (self.layers["none"] - self.layers[level] for level in set(levels))
+        return self.working + max(again, default=0.0)
+
     def peak_bytes(self, tokens: int, levels: tuple[Level, ...]) -> int:
         """The peak of a step of so many tokens."""
         head = self.head_bytes + min(self.head_most, tokens * self.head_per_token)
-        most = max(head, tokens * self.working)
+        most = max(head, tokens * self.working_per_token(levels))
         moving = tokens * self.kept_per_token(levels) + most
         return round(self.static_bytes + (1 + self.holes) * moving)
 
@@ -97,7 +102,7 @@ class Needs:
             (free_of_head - self.head_most) / max(kept, 1.0),
             free_of_head / max(kept + self.head_per_token, 1.0),
         )
-        with_backward = free / max(kept + self.working, 1.0)
+        with_backward = free / max(kept + self.working_per_token(levels), 1.0)
         return max(0, int(min(with_head, with_backward)))
 
 

@@ -339,6 +339,12 @@ class TrainConfig(Strict):
     max_steps: PositiveInt | None = None
     """Stop after so many steps; null runs all epochs."""
 
+    @model_validator(mode="after")
+    def _layers_have_a_level(self) -> TrainConfig:
+        if self.checkpointing == "auto" and self.checkpointed_layers != "auto":
+            raise ValueError("`checkpointed_layers` together with `checkpointing`")
+        return self
+
     @field_validator("compile", mode="before")
     @classmethod
     def _yaml_off(cls, value: object) -> object:

@@ -115,10 +115,6 @@ def placer(device: torch.device) -> Callable[[Any], Placed[Any]]:
             moved = map_tensors(pinned, lambda tensor: tensor.to(device, non_blocking=True))
             copying: list[torch.Tensor] = []
             map_tensors(moved, lambda tensor: copying.append(tensor) or tensor)
-            # The segment table's copy waits for the device: better here than in a forward.
-            copying += [
-                batch.segments.cumulative(batch.ids_T.device) for batch in _packed_batches(moved)
-            ]
             copied = torch.cuda.Event()
             copied.record(side)
             return Placed(moved, tuple(copying), copied)
@@ -136,13 +132,3 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
         return value
     old = {field.name: getattr(value, field.name) for field in fields(value)}
     return replace(value, **{name: map_tensors(item, change) for name, item in old.items()})
-
-
-def _packed_batches(value: Any) -> Iterator[PackedBatch]:
-    if isinstance(value, PackedBatch):
-        yield value
-    elif isinstance(value, GlobalBatch):
-        yield from value.micro_batches
-    elif isinstance(value, tuple):
-        for item in cast("tuple[Any, ...]", value):
-            yield from _packed_batches(item)

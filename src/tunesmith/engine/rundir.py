@@ -105,7 +105,8 @@ def open_run(recipe: Recipe, *, restart: bool = False) -> RunDirectory:
         ) from error
     old = _read_recipe(path / "recipe.yaml")
     others = [item.name for item in path.iterdir() if not item.name.startswith(".")]
-    if old is None and set(others) - {"recipe.resolved.yaml"}:
+    # A start that died while it loaded the model leaves these two and no recipe.
+    if old is None and set(others) - {"recipe.resolved.yaml", "events.jsonl"}:
         raise RunError(
             "run.foreign",
             str(path),

@@ -14,11 +14,12 @@ from tunesmith.config.recipe import Recipe
 from tunesmith.io.cache import cache_folder
 from tunesmith.model.adapters import attach, trainable_parameters
 from tunesmith.model.fast_path import fast_layers, make_fast, set_levels
+from tunesmith.model.layers import first_trainable_layer
 from tunesmith.model.load import PACKED_ATTENTION, ModelSource, load_model
 from tunesmith.model.memory import StepBytes, measure_step, probe_batch
 from tunesmith.model.packing import check_packing
 from tunesmith.model.trunk import CachedTrunk, open_trunk
-from tunesmith.ops.kernels import fuse_kernels
+from tunesmith.ops.kernels import are_fused, fuse_kernels
 from tunesmith.types import PackedBatch
 
 
@@ -29,13 +30,15 @@ class BuiltModel:
     Args:
         model: on its device, with what is trained in it.
         parameters: what is trained, by name.
-        trunk: frozen lower layers that run once a sequence, None where there are none.
+        wants_trunk: there are frozen lower layers, and more epochs than one.
+        trunk: these layers, run once a sequence; None where that cannot be.
         autocast_dtype: what products are computed in where weights are not of one type.
         notes: whose forward runs, and what is kept of the trunk.
     """
 
     model: Any
     parameters: list[tuple[str, torch.nn.Parameter]]
+    wants_trunk: bool
     trunk: CachedTrunk | None
     autocast_dtype: torch.dtype | None
     notes: tuple[str, ...]
@@ -54,7 +57,11 @@ class BuiltModel:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 return step(self.model, probe_batch(num_tokens, device)).loss_sum
 
+        # Dynamo gives up for good on what it first meets under a dispatch mode, which counts here.
+        is_fused = are_fused()
+        fuse_kernels(is_on=False)
         found = measure_step(loss_of, num_tokens, device)
+        fuse_kernels(is_on=is_fused)
         for _, parameter in self.parameters:
             parameter.grad = None
         return found
@@ -103,8 +110,8 @@ def build_model(
     autocast_dtype = None
     if dtype == "bfloat16" and not fast_layers(model):
         autocast_dtype = torch.bfloat16  # float32 adapters between bfloat16 weights
-    trunk = None
-    if number(train.epochs) > 1:
+    trunk, wants_trunk = None, number(train.epochs) > 1 and first_trainable_layer(model) > 0
+    if wants_trunk:
         trunk = open_trunk(
             model,
             cache_folder("trunks"),
@@ -112,4 +119,8 @@ def build_model(
             note=notes.append,
             autocast_dtype=autocast_dtype,
         )
-    return BuiltModel(model, trainable_parameters(model), trunk, autocast_dtype, tuple(notes))
+    if train.checkpointing not in ("auto", "none") and not fast_layers(model):
+        notes.append("train.checkpointing has no effect: it needs our own forward of the layers")
+    return BuiltModel(
+        model, trainable_parameters(model), wants_trunk, trunk, autocast_dtype, tuple(notes)
+    )

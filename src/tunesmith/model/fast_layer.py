@@ -129,6 +129,9 @@ class FastLinear:
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 ATTENTION_NORMS = {"q_norm", "k_norm"}
+ATTENTION_KINDS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
+"""By name: others have the same parts and scale, rotate or window them in a way of their own, which
+a check on short sequences need not see (Ministral 3 scales queries from 16,384 tokens on)."""
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
@@ -146,6 +149,8 @@ def describe_layer(layer: Any) -> FastLayer:
     norms += [getattr(attention, name) for name in ATTENTION_NORMS & _part_names(attention)]
     for module in norms:
         check_norm(module)
+    if type(attention).__name__ not in ATTENTION_KINDS:
+        raise UnsuitableError(f"attention of the kind {type(attention).__name__}")
     if getattr(attention, "attention_dropout", 0.0):
         raise UnsuitableError("attention dropout")
     if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):

@@ -136,8 +136,6 @@ def estimate_needs(
     layers = dict(kept_per_token(sizes, width))
     if device_kind != "cuda":
         layers.pop("offload", None)  # the device's memory is the host's
-    if recipe.train.checkpointing not in ("auto", "none"):
-        working += layers["none"]  # of the layer that is made again
     return Needs(
         weight_bytes=weights,
         optimizer_bytes=round(sizes.num_trained * _optimizer_bytes(recipe, is_bf16=is_bf16)),

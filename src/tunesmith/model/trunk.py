@@ -27,6 +27,7 @@ import torch
 
 from tunesmith.model.layers import decoder_of, first_trainable_layer, layer_list, parts_below
 from tunesmith.model.trunk_cache import TrunkCache, room_for
+from tunesmith.ops.kernels import are_fused
 from tunesmith.types import PackedBatch, Segments
 
 TRUNK_VERSION = 1
@@ -77,8 +78,10 @@ class CachedTrunk:
         device = batch.ids_T.device
         if not missing:
             return kept_TH.to(device, non_blocking=True)
-        # A segment that goes on from another needs it: then all are computed.
-        if segments.parents or len(missing) == len(keys):
+        # A segment that goes on from another needs it: then all are computed. So they are where
+        # most are new: a part has another number of rows, for which a CPU makes new kernels.
+        num_missing = sum(segments.lengths[number] for number in missing)
+        if segments.parents or 2 * num_missing > len(batch.ids_T):
             hidden_TH = self.lower(batch.ids_T, batch.position_T, segments)
             self.cache.write(keys, hidden_TH, segments.lengths)
             return hidden_TH
@@ -224,7 +227,9 @@ def fingerprint(
     """
     config = decoder.config.to_json_string(use_diff=True)
     device = decoder.get_input_embeddings().weight.device.type
-    text = f"{TRUNK_VERSION} {cut} {dtype} {autocast_dtype} {device} {config}"
+    forwards = [type(vars(layer).get("forward")).__name__ for layer in layer_list(decoder)[1][:1]]
+    how = f"{device} {forwards} {are_fused()}"
+    text = f"{TRUNK_VERSION} {cut} {dtype} {autocast_dtype} {how} {config}"
     digest = hashlib.sha256(text.encode())
     for module in [*parts_below(decoder), *layer_list(decoder)[1][:cut]]:
         for name, tensor in sorted(module.state_dict().items()):

@@ -104,7 +104,20 @@ class TrunkCache:
             if key not in self._places and self._fits(length):
                 records.append(self._append(key, part))
         if records:
-            os.write(self._index, b"".join(records))
+            self._record(b"".join(records))
+
+    def _record(self, records: bytes) -> None:
+        """Adds records to the index, whole or not at all."""
+        size = os.fstat(self._index).st_size
+        try:
+            if os.write(self._index, records) == len(records):
+                return
+            reason = "no room for its index"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        os.ftruncate(self._index, size)
+        self.max_bytes, self.is_full = self.used_bytes, True
+        self.note(f"the cache of the frozen layers cannot grow: {reason}")
 
     def _fits(self, rows: int) -> bool:
         if (self._end + rows) * self.row_bytes <= self.max_bytes:

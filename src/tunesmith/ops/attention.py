@@ -225,17 +225,24 @@ def _varlen_call(segments: Segments, first: int, last: int, device: torch.device
     keys = torch.cat([torch.arange(*r) for ranges in sees for r in ranges])
     lengths = segments.lengths[first:last]
     cumulative_rows, cumulative_keys = (
-        torch.tensor((0, *accumulate(counts)), dtype=torch.int32, device=device)
+        _sent(torch.tensor((0, *accumulate(counts)), dtype=torch.int32), device)
         for counts in (lengths, num_keys)
     )
     return VarlenCall(
         rows=(starts[first], starts[last]),
-        keys=keys.to(device) if num_keys != list(lengths) else None,
+        keys=_sent(keys, device) if num_keys != list(lengths) else None,
         cumulative_rows=cumulative_rows,
         cumulative_keys=cumulative_keys,
         longest_rows=max(lengths),
         longest_keys=max(num_keys),
     )
+
+
+def _sent(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A table on the device; a copy from pageable memory would wait for it."""
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)
 
 
 # Soft caps and dropout

@@ -191,4 +191,5 @@ def _norm_weight_grad(
 ) -> Grad:
     if not is_needed:
         return None
-    return (grad_TH * (x_TH.to(rstd_T1.dtype) * rstd_T1)).sum(0).to(weight_H.dtype)
+    slope = grad_TH * (x_TH.to(rstd_T1.dtype) * rstd_T1)
+    return slope.flatten(0, -2).sum(0).to(weight_H.dtype)

@@ -45,6 +45,11 @@ def fuse_kernels(*, is_on: bool) -> None:
         each.call = torch.compile(each.plain, dynamic=True) if is_on else each.plain
 
 
+def are_fused() -> bool:
+    """Whether kernels are in their compiled form."""
+    return any(each.call is not each.plain for each in _KERNELS)
+
+
 @contextmanager
 def fused_kernels() -> Generator[None]:
     """Compiled kernels inside the block. For tests."""
