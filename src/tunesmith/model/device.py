@@ -241,8 +241,14 @@ class PeakMemory:
         self._before = 0
 
     def begin_phase(self) -> bool:
-        """Starts a new phase; False if the system cannot forget the peak so far."""
+        """Starts a new phase without what the last one left in the heap.
+
+        Returns:
+            False if the system cannot forget the peak so far.
+        """
         before = peak_memory_bytes(self._device)
+        if self._device.kind == "cpu" and _has_glibc():
+            ctypes.CDLL(None).malloc_trim(0)
         if not _forget_peak(self._device):
             return False
         self._before = max(self._before, before)

@@ -26,9 +26,11 @@ Method = FullConfig | LoraConfig | FreezeConfig
 NF4_BYTES = 0.52
 """Of a weight quantized to NF4 with double quantization: 4.127 bits (arXiv 2305.14314)."""
 
-RUNTIME_BYTES = {"cpu": 180 * 2**20, "cuda": 96 * 2**20, "mps": 100 * 2**20}
+RUNTIME_BYTES = {"cpu": 380 * 2**20, "cuda": 96 * 2**20, "mps": 100 * 2**20}
 """What training takes besides tensors once the weights are there. On a CPU it is the process: 60 MB
-of modules and of what loading left, up to 120 MB of oneDNN's kernels (`device.PRIMITIVES`)."""
+of modules and of what loading left, 150 MB of oneDNN's kernels (30 for each of the last five
+numbers of rows) with their scratch, and what validation leaves (800 to 1,000 MiB before the first
+step)."""
 
 HOLES = 0.08
 """Of the tensors of a step, what a CPU's heap loses between them when it is trimmed."""
