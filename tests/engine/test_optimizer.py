@@ -108,6 +108,7 @@ FAST_AND_SLOW = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", FAST_AND_SLOW, ids=str)
 def test_every_kind_learns_as_float32_does(
     tiny_recipe: Callable[..., Path], optimizer: dict[str, Any]

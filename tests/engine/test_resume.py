@@ -128,6 +128,7 @@ def test_stop_signals_save_and_say_how_to_go_on(
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -173,6 +174,7 @@ def test_one_flipped_bit_is_noticed_and_all_corrupt_stops(
         run_to_end(recipe, output)
 
 
+@pytest.mark.slow
 def test_restart_keeps_the_old_run_aside(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = tiny_recipe()
     output = tmp_path / "run"
@@ -277,6 +279,7 @@ def test_rotation_keeps_the_newest_and_the_best(
     shutil.rmtree(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_is_not_exported(
     tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
