@@ -319,3 +319,8 @@ def test_epochs_follow_what_an_epoch_draws() -> None:
 def test_layers_without_a_level_are_refused() -> None:
     with pytest.raises(RecipeError, match="together with `checkpointing`"):
         recipe(train={"checkpointed_layers": 3})
+
+
+def test_an_unknown_optimizer_names_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match="one of adamw, adamw_sr, adamw_bf16"):
+        recipe(train={"optimizer": "adamw_4bit"})

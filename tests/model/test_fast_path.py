@@ -11,7 +11,6 @@ from tunesmith.model.adapters import attach
 from tunesmith.model.fast_layer import FastLayer, UnsuitableError
 from tunesmith.model.fast_path import (
     check_equality,
-    decoder_of,
     fast_layers,
     install_adapters,
     install_layers,
@@ -19,6 +18,7 @@ from tunesmith.model.fast_path import (
     set_levels,
     uninstall,
 )
+from tunesmith.model.layers import decoder_of
 from tunesmith.model.load import random_model
 from tunesmith.types import Segments
 

@@ -17,8 +17,9 @@ from tunesmith.config.load import load_recipe
 from tunesmith.job import Job, overview, prepare
 from tunesmith.model.adapters import attach
 from tunesmith.model.device import prepare_machine
-from tunesmith.model.fast_path import make_fast
+from tunesmith.model.fast_path import fast_layers, make_fast
 from tunesmith.model.load import load_config, random_model
+from tunesmith.model.quantize import quantize_layers
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.types import GlobalBatch, PackedBatch
 
@@ -136,6 +137,8 @@ def _few_layers(job: Job, num_layers: int) -> Any:
     config = load_config(job.source)
     config.get_text_config().num_hidden_layers = num_layers
     base = random_model(config, is_bf16=recipe.model.dtype == "bfloat16")
+    if recipe.model.quantize != "none":
+        quantize_layers(base, base.dtype)
     model = attach(base, recipe.method).to(job.device.torch_device)
     make_fast(model)
     return model
@@ -143,9 +146,9 @@ def _few_layers(job: Job, num_layers: int) -> Any:
 
 def _time_step(job: Job, model: Any, batch: PackedBatch) -> float:
     recipe, device = job.resolved.recipe, job.device.torch_device
-    is_bf16 = recipe.model.dtype == "bfloat16"
+    needs_autocast = recipe.model.dtype == "bfloat16" and not fast_layers(model)
     started = time.perf_counter()
-    with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=needs_autocast):
         loss = OBJECTIVES[recipe.objective.name]().step(model, batch.to(device)).loss_sum
     loss.backward()
     float(loss.detach())  # waits for the device

@@ -289,7 +289,11 @@ class OptimizerConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: object) -> object:
-        return _OPTIMIZERS.get(value, {"name": value}) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if value not in _OPTIMIZERS:
+            raise ValueError(f"one of {', '.join(_OPTIMIZERS)}")
+        return _OPTIMIZERS[value]
 
 
 _OPTIMIZERS: dict[str, dict[str, object]] = {

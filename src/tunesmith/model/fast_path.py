@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.model.agreement import relative_error
 from tunesmith.model.fast_layer import (
     FastLayer,
     FastLinear,
@@ -24,6 +25,7 @@ from tunesmith.model.fast_layer import (
     describe_projection,
     is_adapted,
 )
+from tunesmith.model.layers import decoder_of
 from tunesmith.types import Segments
 
 CHECK_LENGTHS = (21, 14, 9)
@@ -114,12 +116,6 @@ def set_levels(model: Any, levels: Sequence[Level]) -> None:
         fast.level = level
 
 
-def decoder_of(model: Any) -> Any:
-    """The decoder of a causal language model, adapted or not."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.get_decoder()
-
-
 def compute_dtype(model: Any) -> torch.dtype:
     """The floating-point type of a decoder's hidden states."""
     return decoder_of(model).get_input_embeddings().weight.dtype
@@ -151,7 +147,7 @@ def check_equality(model: Any) -> float:
             found = _outputs(layer, x_1TH, seed_1TH, angles)
             with _as_it_was(layer), torch.autocast(device.type, torch.bfloat16, dtype.itemsize < 4):
                 expected = _outputs(layer, x_1TH, seed_1TH, angles)
-            worst = max(worst, *map(_relative_error, found, expected))
+            worst = max(worst, *map(relative_error, found, expected))
     return worst
 
 
@@ -210,9 +206,3 @@ def _installed(module: Any) -> list[tuple[Any, Any]]:
         for each, forward in forwards
         if isinstance(forward, FastLayer | FastNorm | FastLinear)
     ]
-
-
-def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    wide = torch.promote_types(found.dtype, torch.float32)
-    difference = (found.to(wide) - expected.to(wide)).norm()
-    return float(difference / expected.to(wide).norm().clamp_min(1e-30))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tunesmith.errors import ModelError
+from tunesmith.model.agreement import relative_error
 from tunesmith.types import Segments
 
 LENGTHS = (9, 6)
@@ -43,9 +44,9 @@ def check_packing(model: Any, label: str) -> None:
         raise _refusal(label, f"layers that cannot run on packs ({error})") from error
     limit = TOLERANCE.get(packed.dtype, HALF_TOLERANCE)
     before_last = slice(0, LENGTHS[0] - 1)
-    if _relative_error(changed[before_last], alone[before_last]) > limit:
+    if relative_error(changed[before_last], alone[before_last]) > limit:
         raise _refusal(label, "layers that see later tokens")
-    if _relative_error(packed, alone) > limit:
+    if relative_error(packed, alone) > limit:
         raise _refusal(label, "layers that see other samples of a pack")
 
 
@@ -59,10 +60,6 @@ def _hidden(model: Any, ids_T: torch.Tensor, lengths: tuple[int, ...]) -> torch.
             segments=Segments(lengths),
         )
     return out.last_hidden_state[0]
-
-
-def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).float().norm() / expected.float().norm().clamp_min(1e-12))
 
 
 def _refusal(label: str, found: str) -> ModelError:

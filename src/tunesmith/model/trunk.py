@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.model.agreement import relative_error
 from tunesmith.model.layers import decoder_of, first_trainable_layer, layer_list, parts_below
 from tunesmith.model.trunk_cache import TrunkCache, room_for
 from tunesmith.ops.kernels import are_fused
@@ -212,7 +213,7 @@ def check_trunk(decoder: Any, lower: LowerLayers, upper: Any) -> tuple[torch.Ten
         decoder.train(was_training)
     if not torch.equal(first_TH, second_TH):
         return first_TH, "they draw random numbers (dropout)"
-    error = float((halves - whole).double().norm() / whole.double().norm().clamp_min(1e-30))
+    error = relative_error(halves, whole)
     if not error <= TOLERANCE.get(first_TH.dtype, HALF_TOLERANCE):
         return first_TH, f"cut in two, the decoder differs from the whole by {error:.2g}"
     return first_TH, None
