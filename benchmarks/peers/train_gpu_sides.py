@@ -144,12 +144,12 @@ def profile(run: Any, folder: Path, gpu: GpuWork) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    from tunesmith.engine.loop import train_step
+    from tunesmith.engine.step import update
 
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (gpu.device == "cuda")
     with torch_profile(activities=kinds, record_shapes=True) as found:
         for step in range(2):
-            train_step(run, run.loader.batch(step), step)
+            update(run, run.loader.batch(step), step)
     folder.mkdir(parents=True, exist_ok=True)
     found.export_chrome_trace(str(folder / "trace.json"))
     key = "self_cuda_time_total" if gpu.device == "cuda" else "self_cpu_time_total"

@@ -72,11 +72,12 @@ def train(
     Returns:
         The loss of the first global batch after all steps.
     """
-    from tunesmith.engine.events import EventLog
-    from tunesmith.engine.loop import evaluate_loss, fit
+    from tunesmith.engine.loop import fit
     from tunesmith.engine.rundir import RunDirectory
+    from tunesmith.engine.session import open_session
     from tunesmith.engine.signals import StopSignal
     from tunesmith.engine.state import TrainState
+    from tunesmith.engine.step import evaluate_loss
     from tunesmith.train import build
     from tunesmith.types import SilentReporter
 
@@ -88,12 +89,15 @@ def train(
                 raise Enough
             clock.start()
 
-    with EventLog(folder / "events.jsonl", [listen]) as events, StopSignal() as stop:
-        run, job, _ = build(job, RunDirectory(folder / "run"), events, stop, SilentReporter())
+    run_dir = RunDirectory(folder / "run")
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    guard = job.resolved.recipe.guard
+    with StopSignal() as stop, open_session(run_dir, stop, guard, [listen]) as session:
+        run, job, _ = build(job, session, SilentReporter())
         share(folder, work, job, run)
         clock.start()
         with suppress(Enough):
-            fit(run, TrainState(data_key=job.data_key))
+            fit(run, TrainState(job.fingerprints))
         loss = evaluate_loss(run, run.loader.batch(0).micro_batches)
         afterwards(run)
     if loss is None:

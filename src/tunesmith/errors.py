@@ -8,9 +8,12 @@ TunesmithError
 │   └── RunError                     run.*
 ├── CheckpointError (also OSError)   exit 3: checkpoint.*
 ├── NumbersError (also ArithmeticError)  exit 4: numbers.*
+├── OutOfMemoryError (also MemoryError)  exit 5: memory.*
 ├── DiskError (also OSError)         exit 6: disk.*
 ├── LockError (also OSError)         exit 7: lock.*
-└── Interrupted                      exit 130 or 143: stopped by a signal after a save
+└── Interrupted                      exit 128 + signal: stopped by a signal, nothing lost
+
+Besides, a run that hangs ends itself with exit 75 (`engine/watchdog.py`): to try again may help.
 
 Codes are listed in docs/errors.md; a test compares the two.
 """
@@ -127,9 +130,15 @@ class CheckpointError(TunesmithError, OSError):
 
 
 class NumbersError(TunesmithError, ArithmeticError):
-    """Loss or gradient is not finite; the weights were not updated with it."""
+    """Losses or gradients stay bad after rolling back; no weight was updated with one."""
 
     exit_code = 4
+
+
+class OutOfMemoryError(TunesmithError, MemoryError):
+    """One sample alone does not fit into memory."""
+
+    exit_code = 5
 
 
 class DiskError(TunesmithError, OSError):
@@ -145,10 +154,17 @@ class LockError(TunesmithError, OSError):
 
 
 class Interrupted(TunesmithError):
-    """The run was stopped by a signal after its state was saved."""
+    """The run was stopped by a signal, and nothing is lost.
 
-    def __init__(self, signal_number: int, where: str, *, step: int) -> None:
+    Args:
+        signal_number: of the signal.
+        where: the run directory.
+        step: the one that was saved, 0 if there was none, None if it stopped outside of training.
+    """
+
+    def __init__(self, signal_number: int, where: str, *, step: int | None) -> None:
         place = f"saved at step {step}" if step else "no step was done yet"
+        place = "what was saved before is still there" if step is None else place
         super().__init__(
             "run.interrupted",
             where,
@@ -163,5 +179,5 @@ class Interrupted(TunesmithError):
         return _rebuild_interrupted, (self.signal_number, self.where, self.step)
 
 
-def _rebuild_interrupted(signal_number: int, where: str, step: int) -> Interrupted:
+def _rebuild_interrupted(signal_number: int, where: str, step: int | None) -> Interrupted:
     return Interrupted(signal_number, where, step=step)

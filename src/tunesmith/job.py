@@ -66,7 +66,8 @@ class Job:
     facts: Facts
     device: Device
     loader: Loader
-    data_key: str
+    fingerprints: dict[str, str]
+    """Hashes of model and data, by names that a person knows."""
     num_steps: int
     predicted_bytes: int
     """The peak of memory while training: of the largest of some steps looked at.
@@ -125,10 +126,13 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     configs = [each.config for each in sources.stored]
     loader, split = _split(values.recipe, configs, (store, validation_store), device)
     max_steps = values.recipe.train.max_steps
-    keys = [fingerprint(source, config), store.content_key]
-    keys += [validation_store.content_key] if validation_store else []
+    fingerprints = {"base model": fingerprint(source, config), **store.fingerprints}
+    if validation_store:
+        of_validation = validation_store.fingerprints.items()
+        fingerprints |= {f"validation: {name}": value for name, value in of_validation}
     # A registry may change what sources give without a change in the recipe.
-    keys.append("+".join(f"{share.draws}of{share.size}" for share in split.shares))
+    shares = (f"{share.draws} of {share.size}" for share in split.shares)
+    fingerprints["samples of each source"] = " + ".join(shares)
     num_steps = loader.steps_per_epoch * number(values.recipe.train.epochs)
     if max_steps is not None:
         num_steps = min(num_steps, max_steps)
@@ -145,7 +149,7 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
         facts=facts,
         device=device,
         loader=loader,
-        data_key="-".join(keys),
+        fingerprints=fingerprints,
         num_steps=num_steps,
         predicted_bytes=_predict(loader, num_steps, needs, values.plan),
     )
@@ -314,13 +318,19 @@ def _split(
     return loader, split
 
 
-def validation_batches(job: Job, loader: Loader) -> Callable[[], Iterable[PackedBatch]] | None:
-    """The batches to validate on, anew on each call; None where nothing is held out."""
+def validation_batches(job: Job, loader: Loader) -> Callable[[int], Iterable[PackedBatch]] | None:
+    """Gives the batches to validate on, for a budget of tokens; None if nothing is held out."""
     split = job.split
     if not len(split.validation):
         return None
-    held_out = replace(loader, store=split.validation_store, samples=split.validation)
-    return replace(held_out, shares=(), mix="shuffle").all_batches
+    held_out = replace(
+        loader,
+        store=split.validation_store,
+        samples=split.validation,
+        shares=(),
+        mix="shuffle",
+    )
+    return lambda tokens: replace(held_out, micro_batch_tokens=tokens).all_batches()
 
 
 def overview(job: Job, asked: Recipe, more_notes: Sequence[str] = ()) -> dict[str, Json]:

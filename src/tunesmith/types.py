@@ -271,11 +271,16 @@ class GlobalBatch:
 # Events
 
 
+EventKind = Literal[
+    "start", "resume", "step", "evaluation", "checkpoint", "skip", "rollback", "warning", "done"
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """Something that happened in a run; `events.jsonl` holds one a line."""
 
-    kind: Literal["start", "step", "evaluation", "checkpoint", "resume", "warning", "done"]
+    kind: EventKind
     step: int
     time: float
     data: Mapping[str, Json] = field(default_factory=dict[str, Json])

@@ -80,6 +80,7 @@ GIVEN: dict[str, Any] = {
     "train.compile": "kernels",
     "train.learning_rate": 0.5,
     "checkpoint.every_steps": 9,
+    "checkpoint.background": False,
 }
 
 

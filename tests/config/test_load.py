@@ -8,10 +8,11 @@ import pytest
 
 from tunesmith.config.load import (
     LoadedRecipe,
-    differing_keys,
+    changed_keys,
     dump_recipe,
     flatten,
     load_recipe,
+    merge_recipes,
     recipe_from,
 )
 from tunesmith.config.recipe import FullConfig, LoraConfig, Recipe
@@ -464,18 +465,26 @@ def test_reasons_stand_behind_their_values(load: Callable[..., Recipe]) -> None:
     assert sum("#" in row for row in rows) == 2
 
 
-def test_differing_keys(load: Callable[..., Recipe]) -> None:
+def test_changed_keys(load: Callable[..., Recipe]) -> None:
     old = load(SHORT)
     new = load(SHORT, "train.seed=1", "method=full", "data.template_arguments.a=1", "output=x")
-    found = differing_keys(old, new, ignore=["output"])
-    assert "train.seed: 0 -> 1" in found
-    assert "method.name: lora -> full" in found
-    assert "method.rank: auto -> None" in found
-    assert "data.template_arguments.a: None -> 1" in found
-    assert not any(line.startswith("output") for line in found)
-    assert differing_keys(old, old) == []
-    assert differing_keys(old, new, ignore=["output", "method", "data", "train"]) == []
-    assert len(differing_keys(old, new, ignore=["out"])) == len(found) + 1
+    found = changed_keys(old, new)
+    assert found["train.seed"] == (0, 1)
+    assert found["method.name"] == ("lora", "full")
+    assert found["method.rank"] == ("auto", None)
+    assert found["data.template_arguments.a"] == (None, 1)
+    assert found["output"][1] == "x"
+    assert changed_keys(old, old) == {}
+
+
+def test_merged_recipes_take_what_changed_and_keep_the_rest(load: Callable[..., Recipe]) -> None:
+    base = load(SHORT, "train.seed=1", "train.epochs=7", "checkpoint.every_steps=9")
+    asked = load(SHORT, "train.seed=2", "method=full", "checkpoint.keep=5", "output=x")
+    keys = ["train.seed", "method.name", "checkpoint.keep", "output"]
+    merged = merge_recipes(base, asked, keys)
+    assert (merged.train.seed, merged.train.epochs) == (2, 7)
+    assert (merged.checkpoint.keep, merged.checkpoint.every_steps) == (5, 9)
+    assert (merged.method.name, merged.output) == ("full", "x")
 
 
 def test_recipe_from_names_its_place() -> None:

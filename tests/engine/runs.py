@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from tunesmith import fine_tune, load_recipe
-from tunesmith.engine.events import EventLog
-from tunesmith.engine.loop import Run
 from tunesmith.engine.rundir import open_run
+from tunesmith.engine.session import open_session
 from tunesmith.engine.signals import StopSignal
+from tunesmith.engine.step import Run, update
 from tunesmith.errors import Interrupted
 from tunesmith.job import prepare
 from tunesmith.train import build
@@ -27,9 +27,17 @@ def make_run(recipe: Path, *overrides: str) -> Generator[Run]:
     loaded = load_recipe(recipe, overrides)
     run_dir = open_run(loaded.recipe, restart=True)
     job = prepare(loaded, SilentReporter())
-    with EventLog(run_dir.events) as events:
-        run, _, _ = build(job, run_dir, events, StopSignal(), SilentReporter())
+    with open_session(run_dir, StopSignal(), loaded.recipe.guard) as session:
+        run, _, _ = build(job, session, SilentReporter())
         yield run
+
+
+def train_step(run: Run, step: int) -> tuple[float, float, bool]:
+    """One optimizer step, waited for: loss, gradient norm, whether weights were updated."""
+    found = update(run, run.loader.batch(step), step)
+    assert found is not None
+    loss, norm, is_good = found.tolist()
+    return loss, norm, bool(is_good)
 
 
 def final_bytes(output: Path) -> dict[str, bytes]:

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.runs import final_bytes, make_run, run_and_stop, run_to_end
 from tunesmith.config.recipe import OptimizerConfig, TrainConfig
-from tunesmith.engine.loop import Run, evaluate_loss, update
 from tunesmith.engine.optimizer import build_optimizer
+from tunesmith.engine.step import Run, evaluate_loss, update
 from tunesmith.model.adapters import load_weights, save_weights, trainable_parameters
 
 
@@ -80,7 +80,7 @@ def as_bfloat16(run: Run, **optimizer: Any) -> Run:
 
 def validation_loss(run: Run) -> float:
     assert run.validation is not None
-    loss = evaluate_loss(run, run.validation())
+    loss = evaluate_loss(run, run.validation(100_000))
     assert loss is not None
     return loss
 

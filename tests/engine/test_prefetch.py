@@ -121,25 +121,18 @@ def test_batches_on_cuda() -> None:
 
 
 def test_an_unreadable_row_stops_a_run_and_its_thread(tiny_recipe: Callable[..., Path]) -> None:
-    from dataclasses import replace
-
     from engine.runs import make_run
     from tunesmith.engine.loop import fit
     from tunesmith.engine.state import TrainState
+    from tunesmith.io.fault import arm
 
     with make_run(tiny_recipe(evaluate={"every": None})) as run:
-        real = run.loader
-
-        class Broken:
-            steps_per_epoch = real.steps_per_epoch
-
-            def batch(self, step: int) -> GlobalBatch:
-                if step == 4:
-                    raise OSError("the disk is gone")
-                return real.batch(step)
-
-        state = TrainState(data_key="x")
-        with pytest.raises(OSError, match="the disk is gone"):
-            fit(replace(run, loader=Broken()), state)  # type: ignore[arg-type]
+        state = TrainState({})
+        arm({"TUNESMITH_FAULT": "data.next:step=4:raise:OSError"})
+        try:
+            with pytest.raises(OSError, match=r"planted at data\.next"):
+                fit(run, state)
+        finally:
+            arm({})
     assert state.step == 4
     assert threads() == []

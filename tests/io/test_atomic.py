@@ -50,7 +50,7 @@ def test_the_old_file_stays_when_the_disk_is_full(
     assert path.read_text() == "old"
     assert names_in(tmp_path) == ["f"]
     error = caught.value
-    assert (error.code, error.where) == ("disk.write", str(path))
+    assert (error.code, error.where) == ("disk.full", str(path))
     assert error.found == "No space left on device"
     assert error.exit_code == 6
     assert isinstance(error.__cause__, OSError)
@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_the_old_directory(
         patch.setattr(os, "fsync", full_disk)
         with pytest.raises(DiskError) as caught:
             fill(tmp_path / "d", "new")
-    assert (caught.value.code, caught.value.where) == ("disk.write", str(tmp_path / "d"))
+    assert (caught.value.code, caught.value.where) == ("disk.full", str(tmp_path / "d"))
     assert (tmp_path / "d" / "a").read_text() == "old"
     assert names_in(tmp_path) == ["d"]
 

@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from tunesmith.io.redact import redact, redacted_traceback
 from tunesmith.types import Event, Json
 
 T = TypeVar("T")
@@ -31,7 +32,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def quiet_libraries() -> None:
-    """Keeps the libraries' own bars and notices off the screen; errors still come through."""
+    """Keeps the libraries' own bars and notices off the screen; errors still come through.
+
+    What they log and warn of goes through `redact` first, as whatever tunesmith shows.
+    """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -39,6 +43,38 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    redact_logs()
+
+
+def redact_logs() -> None:
+    """Masks secrets in every log record and warning from here on.
+
+    Done where records are made: a filter of a handler would miss the handlers that libraries add
+    later. Covers the text, its arguments and a traceback that comes with it, not what a library
+    prints by itself.
+    """
+    if not isinstance(logging.getLogRecordFactory(), _RedactedRecords):
+        logging.setLogRecordFactory(_RedactedRecords(logging.getLogRecordFactory()))
+    logging.captureWarnings(True)
+
+
+class _RedactedRecords:
+    """Makes log records as `make` does, with their text put together and redacted."""
+
+    def __init__(self, make: Callable[..., logging.LogRecord]) -> None:
+        self.make = make
+
+    def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = self.make(*args, **kwargs)
+        try:
+            text = record.getMessage()
+        except (TypeError, ValueError, KeyError):  # arguments that do not fit the text
+            text = f"{record.msg} {record.args}"
+        record.msg, record.args = redact(text), ()
+        if record.exc_info and record.exc_info[1] is not None:
+            # Formatters take this text if it is there, in place of a traceback of their own.
+            record.exc_text = redacted_traceback(record.exc_info[1]).rstrip()
+        return record
 
 
 class ConsoleReporter:
@@ -172,9 +208,18 @@ class RunDisplay:
 
     def _on_resume(self, event: Event) -> None:
         self.console.print(f"going on from step {event.step} ({event.data['checkpoint']})")
+        changed = event.data.get("changed")
+        if isinstance(changed, list) and changed:
+            self.console.print(f"  with another content of {', '.join(map(str, changed))}")
 
     def _on_warning(self, event: Event) -> None:
         self.console.print(f"[yellow]warning:[/yellow] {event.data['message']}", highlight=False)
+
+    def _on_skip(self, event: Event) -> None:
+        self._on_warning(event)
+
+    def _on_rollback(self, event: Event) -> None:
+        self._on_warning(event)
 
     def _on_done(self, event: Event) -> None:
         self.close()

@@ -35,11 +35,15 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Train anew; an earlier run is kept aside.")
     ] = False,
+    allow_changes: Annotated[
+        bool,
+        typer.Option("--allow-changes", help="Go on even if recipe or data have changed."),
+    ] = False,
 ) -> None:
     """Fine-tune a model by a recipe; run again, it goes on where it stopped."""
     from tunesmith.cli.train import run_train
 
-    run_train(recipe, overrides or [], restart=restart)
+    run_train(recipe, overrides or [], restart=restart, allow_changes=allow_changes)
 
 
 @app.command()

@@ -13,15 +13,19 @@ from tunesmith.config.load import LoadedRecipe, load_recipe
 from tunesmith.types import Event, Json
 
 
-def run_train(recipe: str, overrides: Sequence[str], *, restart: bool) -> None:
+def run_train(
+    recipe: str, overrides: Sequence[str], *, restart: bool, allow_changes: bool = False
+) -> None:
     """Trains by a recipe file and prints what a person wants to know."""
     console = Console()
     loaded = load_recipe(recipe, overrides)
-    train_and_show(loaded, console, restart=restart)
+    train_and_show(loaded, console, restart=restart, allow_changes=allow_changes)
     console.print(f"talk to it: tunesmith chat {loaded.recipe.output}", highlight=False)
 
 
-def train_and_show(loaded: LoadedRecipe, console: Console, *, restart: bool) -> dict[str, Json]:
+def train_and_show(
+    loaded: LoadedRecipe, console: Console, *, restart: bool, allow_changes: bool = False
+) -> dict[str, Json]:
     """Trains with bars and tables; returns the summary."""
     with console.status("Starting ..."):
         from tunesmith.train import train
@@ -37,7 +41,11 @@ def train_and_show(loaded: LoadedRecipe, console: Console, *, restart: bool) -> 
     was_finished = (Path(loaded.recipe.output) / "summary.json").exists() and not restart
     try:
         run, summary = train(
-            loaded, restart=restart, reporter=ConsoleReporter(console), listeners=[listen]
+            loaded,
+            restart=restart,
+            allow_changes=allow_changes,
+            reporter=ConsoleReporter(console),
+            listeners=[listen],
         )
     finally:
         display.close()

@@ -23,6 +23,7 @@ AUTO_KEYS = (
     "train.compile",
     "train.learning_rate",
     "checkpoint.every_steps",
+    "checkpoint.background",
 )
 
 TEXT_TOKENS = 2048
@@ -119,6 +120,7 @@ def resolve(recipe: Recipe, facts: Facts) -> Resolved:
     fill("train.compile", *choose_compile(tokens * facts.seconds_per_token, facts.compiler))
     every = min(500, max(1, math.ceil(steps / 10)))
     fill("checkpoint.every_steps", every, "ten times in the run, at least every 500 steps")
+    fill("checkpoint.background", *_background(facts))
     return Resolved(Recipe.model_validate(values), reasons, plan)
 
 
@@ -153,6 +155,13 @@ def plan_values(plan: Plan) -> dict[str, str | int]:
         "train.checkpointing": plan.level,
         "train.checkpointed_layers": plan.num_deepest if plan.level != "none" else 0,
     }
+
+
+def _background(facts: Facts) -> tuple[bool, str]:
+    # Gradients are not saved, but full tuning saves the weights themselves, of about their size.
+    copied, room = facts.needs.optimizer_bytes, facts.memory_bytes // 16
+    sizes = f"about {copied / 2**20:,.0f} MiB; up to {room / 2**20:,.0f} are spent on it"
+    return copied <= room, f"a copy of what is saved takes {sizes}"
 
 
 def _dtype(facts: Facts) -> tuple[str, str]:

@@ -84,15 +84,33 @@ def dump_recipe(recipe: Recipe, reasons: Mapping[str, str] | None = None) -> str
     return "\n".join(rows) + "\n"
 
 
-def differing_keys(old: Recipe, new: Recipe, *, ignore: Iterable[str] = ()) -> list[str]:
-    """Lines `key: old -> new` for every value that differs, keys under `ignore` left out."""
+def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """(Old value, new value) of every key that differs."""
     before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
+    return {
+        key: (before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
         if before.get(key) != after.get(key)
-        and not any(key == prefix or key.startswith(f"{prefix}.") for prefix in ignore)
-    ]
+    }
+
+
+WHOLE_SECTIONS = ("model", "data", "method", "objective")
+"""Parts of a recipe whose values only make sense together."""
+
+
+def merge_recipes(base: Recipe, other: Recipe, keys: Iterable[str]) -> Recipe:
+    """`base` with the values of `other` at some keys."""
+    values, others = base.model_dump(mode="json"), other.model_dump(mode="json")
+    for key in keys:
+        section, *path = key.split(".")
+        if section in WHOLE_SECTIONS or not path:
+            values[section] = others[section]
+            continue
+        inner, other_inner = values[section], others[section]
+        for part in path[:-1]:
+            inner, other_inner = inner[part], other_inner[part]
+        inner[path[-1]] = other_inner[path[-1]]
+    return Recipe.model_validate(values)
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, Any]:

@@ -316,10 +316,11 @@ class TrainConfig(Strict):
     """Samples per optimizer step; auto is 0.2 % of the rows, 1 to 256."""
     micro_batch_tokens: Auto | PositiveInt = "auto"
     """Tokens in one forward and backward; auto follows the memory."""
-    checkpointing: Literal["auto", "none", "mlp", "full", "offload"] = "auto"
+    checkpointing: Literal["auto", "none", "mlp", "attention", "full", "offload"] = "auto"
     """What the backward makes again to save memory: nothing, the inside of MLPs, or whole layers.
 
-    offload is full with the rest kept in the host's memory; auto takes the cheapest that fits."""
+    attention is full with attention's output kept and not made again, for long sequences; offload
+    is full with the rest kept in the host's memory; auto takes the cheapest that fits."""
     checkpointed_layers: Auto | Annotated[int, Field(ge=0)] = "auto"
     """The first so many layers do so, the others one step less; auto is as many as must."""
     compile: Literal["auto", "off", "kernels"] = "auto"
@@ -371,6 +372,33 @@ class CheckpointConfig(Strict):
     """Steps between checkpoints; auto is ten in a run, at least every 500 steps."""
     keep: PositiveInt = 2
     """Newest checkpoints to keep; the best one is kept besides."""
+    background: Auto | bool = "auto"
+    """Write checkpoints while training goes on, from a copy in memory.
+
+    auto does so if the copy takes at most about a sixteenth of the memory."""
+
+
+class GuardConfig(Strict):
+    """What keeps bad numbers from the weights, and when a run counts as hung.
+
+    A step whose loss or gradient is not finite never changes weights, whatever is set here.
+    """
+
+    spike_sigma: Annotated[float, Field(gt=0)] | None = 6.0
+    """A loss so many standard deviations above the mean of the steps before is not learned from.
+
+    null learns from all that is finite."""
+    window_steps: PositiveInt = 128
+    """So many steps before make up the mean; nothing is a spike before a quarter of them are."""
+    rollback_after: PositiveInt = 3
+    """After so many left-out steps in a row the run goes back to its last scheduled checkpoint
+    and trains without their samples."""
+    rollbacks: Annotated[int, Field(ge=0)] = 2
+    """After so many times it stops instead."""
+    hang_warn_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Without any progress for so long, the stacks of all threads are written down."""
+    hang_stop_seconds: Annotated[float, Field(gt=0)] = 3600.0
+    """Without any for so long, the run ends itself with exit code 75."""
 
 
 class LogConfig(Strict):
@@ -397,6 +425,8 @@ class Recipe(Strict):
     """When to measure."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """When to save."""
+    guard: GuardConfig = Field(default_factory=GuardConfig)
+    """What to do about bad numbers and hangs."""
     log: LogConfig = Field(default_factory=LogConfig)
     """What to write down."""
     output: str = "auto"

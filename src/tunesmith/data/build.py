@@ -25,6 +25,7 @@ from tunesmith.data.templates.skeleton import SkeletonMismatchError
 from tunesmith.data.tokenize import TokenSequence
 from tunesmith.errors import MAX_PROBLEMS, DataError, LockError, Problem, TunesmithError
 from tunesmith.io.atomic import atomic_directory, write_atomic
+from tunesmith.io.fault import fault
 from tunesmith.io.lock import directory_lock
 from tunesmith.io.manifest import find_damage, write_manifest
 from tunesmith.types import Origin, Reporter, Sample
@@ -203,6 +204,7 @@ def _build(inputs: StoreInputs, workplace: Path, folder: Path, reporter: Reporte
     pipeline = Pipeline(inputs.renderer, inputs.prompt_weight, is_large=num_bytes > LARGE_BYTES)
     columns = _Columns(progress.files)
     for batch in pipeline.run(_accepted(rows, inputs.kinds)):
+        fault("data.tokenize", rows=progress.num_rows)
         _add(batch, columns, progress)
         if columns.num_samples >= SHARD_SAMPLES:
             shards.append(_save_shard(workplace, len(shards), columns, progress))
@@ -215,6 +217,7 @@ def _build(inputs: StoreInputs, workplace: Path, folder: Path, reporter: Reporte
         meta = {
             **progress.as_json(),
             "content_key": inputs.content_key(),
+            "fingerprints": inputs.fingerprints,
             "prompt_weight": inputs.prompt_weight,
         }
         write_atomic(temporary / "meta.json", json.dumps(meta, ensure_ascii=False))

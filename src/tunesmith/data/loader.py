@@ -13,6 +13,7 @@ from tunesmith.data.mix import Share, Strategy, mixed_order
 from tunesmith.data.pack import build_batch, pack_sequences
 from tunesmith.data.store import TokenStore
 from tunesmith.data.tokenize import TokenSequence
+from tunesmith.io.fault import fault
 from tunesmith.types import GlobalBatch, Origin, PackedBatch
 
 
@@ -32,6 +33,7 @@ class Loader:
         mix: how sources share an epoch.
         overlong: see `DataConfig.overlong`; what is to be dropped is not among `samples`.
         pad_to: rows of a micro-batch are filled up to a multiple of it.
+        excluded: samples that steps leave out, where they come up.
         share_prefixes: compute what sequences have in common at their beginnings once. The same
             loss and gradients, unless the model draws random numbers per token (dropout).
     """
@@ -47,6 +49,7 @@ class Loader:
     overlong: str = "auto"
     pad_to: int = 1
     share_prefixes: bool = True
+    excluded: frozenset[int] = frozenset()
 
     @property
     def samples_per_epoch(self) -> int:
@@ -64,11 +67,12 @@ class Loader:
 
     def batch(self, step: int) -> GlobalBatch:
         """The global batch of a step, counted from 0."""
+        fault("data.next", step=step)
         epoch, within = divmod(step, self.steps_per_epoch)
         start = within * self.global_batch
         epoch_order = _epoch_order(self.seed, epoch, self._all_shares, self.mix)
         chosen = epoch_order[start : start + self.global_batch]
-        ids = [int(sample) for sample in self.samples[chosen]]
+        ids = [int(sample) for sample in self.samples[chosen] if int(sample) not in self.excluded]
         micro_batches = tuple(self._pack(ids))
         return GlobalBatch(
             epoch=epoch,

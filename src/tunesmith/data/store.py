@@ -17,9 +17,9 @@ from tunesmith.data.sources import Source
 from tunesmith.data.templates import Renderer
 from tunesmith.data.tokenize import TokenSequence
 from tunesmith.io.manifest import file_sha256
-from tunesmith.types import Json, Origin, Sample
+from tunesmith.types import Origin, Sample
 
-STORE_VERSION = 5
+STORE_VERSION = 6
 """Goes into the key: raise it when rendering or tokenization changes."""
 
 ARRAYS = {
@@ -58,6 +58,11 @@ class TokenStore:
     def content_key(self) -> str:
         """Hash of all that decides the tokens; where the files are is not part of it."""
         return self.meta["content_key"]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the parts of `content_key`, by names that a person knows."""
+        return self.meta["fingerprints"]
 
     @property
     def notes(self) -> dict[str, int]:
@@ -192,27 +197,43 @@ class StoreInputs:
 
     def content_key(self) -> str:
         """Hash of file contents, source settings, template, its options, and tokenizer."""
-        return self._content_key
+        return _digest(list(self.fingerprints.items()))
 
     @cached_property
-    def _content_key(self) -> str:
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of all that decides the tokens, each under a name that a person knows.
+
+        Files go by their names alone: they may have moved.
+        """
         tokenizer = self.renderer.tokenizer
-        parts: list[Json] = [
-            STORE_VERSION,
-            str(tokenizer.chat_template),
-            [str(tokenizer.bos_token), str(tokenizer.eos_token)],
-            self.renderer.options.key(),
-            [self.prompt_weight, self.drop_bad, *self.kinds],
-            hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        ]
-        for source in self.sources:
+        found = {
+            "version of the store": str(STORE_VERSION),
+            "chat template": _digest([str(tokenizer.chat_template), self.renderer.options.key()]),
+            "tokenizer": _digest(
+                [
+                    str(tokenizer.bos_token),
+                    str(tokenizer.eos_token),
+                    tokenizer.backend_tokenizer.to_str(),
+                ]
+            ),
+            "settings of the data": _digest([self.prompt_weight, self.drop_bad, *self.kinds]),
+        }
+        for number, source in enumerate(self.sources, start=1):
             # What only mixes or names does not change any token.
             settings = source.config.model_dump(
                 mode="json", exclude={"path", "name", "weight", "count", "sha1"}
             )
-            contents: list[Json] = [content_hash(path) for path in source.files]
-            parts.append([json.dumps(settings, sort_keys=True), *contents])
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+            found[f"settings of source {number}"] = _digest(settings)
+            for path in source.files:
+                name = f"{path.name} (source {number})" if len(self.sources) > 1 else path.name
+                while name in found:
+                    name += " again"
+                found[name] = content_hash(path)
+        return found
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def content_hash(path: Path) -> str:

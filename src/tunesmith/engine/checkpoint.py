@@ -2,55 +2,176 @@
 
 `checkpoints/step-00000012/` holds the trained weights in their usual format, `optim.safetensors`
 (the optimizer's moments and float32 master copies, by parameter name), `state.json`, and
-`MANIFEST.json` written last. The directory appears by one rename.
+`MANIFEST.json` written last. The directory appears by one rename. It is written in the background
+if a copy of its tensors is small enough to be held in memory; one at a time.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from tunesmith.engine.state import TrainState
-from tunesmith.errors import CheckpointError
-from tunesmith.io.atomic import atomic_directory, sweep_temporaries
+from tunesmith.errors import CheckpointError, DiskError
+from tunesmith.io.atomic import atomic_directory, require_space, sweep_temporaries
+from tunesmith.io.fault import fault
 from tunesmith.io.manifest import MANIFEST, find_damage, write_manifest
 
-WeightsFunction = Callable[[Path], None]
+Warn = Callable[[str], None]
+STATE, OPTIMIZER = "state.json", "optim.safetensors"
+
+
+class Weights(Protocol):
+    """What is trained of a model."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors."""
+        ...
+
+    def writer(self, *, copies: bool) -> Callable[[Path], None]:
+        """What writes the weights into a folder; with `copies`, as they are at this moment."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Copies the weights in a folder back into the model."""
+        ...
 
 
 @dataclass(frozen=True)
+class Save:
+    """A checkpoint to be written: all that goes into it."""
+
+    target: Path
+    state: TrainState
+    is_scheduled: bool
+    write_weights: Callable[[Path], None]
+    optimizer: Mapping[str, torch.Tensor]
+
+    def write(self) -> Path:
+        """Writes it.
+
+        Raises:
+            DiskError: there is no room, or it cannot be written.
+        """
+        with atomic_directory(self.target) as temporary:
+            self.write_weights(temporary)
+            fault("save.write", temporary / OPTIMIZER, step=self.state.step)
+            save_file(dict(self.optimizer), temporary / OPTIMIZER)
+            fault("save.write", temporary / STATE, step=self.state.step)
+            (temporary / STATE).write_text(self.state.to_json(), encoding="utf-8")
+            facts = {"step": self.state.step, "scheduled": self.is_scheduled}
+            write_manifest(temporary, {**facts})
+        return self.target
+
+
+@dataclass
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
         folder: where they are.
-        keep: how many of the newest stay; the best stays besides.
-        save_weights: writes the trained weights into a folder.
-        load_weights: copies them back into the model.
+        keep: how many of the newest stay; the best and the last scheduled one stay besides.
+        weights: of the model.
+        in_background: write them from a copy in memory while training goes on.
     """
 
     folder: Path
     keep: int
-    save_weights: WeightsFunction
-    load_weights: WeightsFunction
+    weights: Weights
+    in_background: bool = False
+    _pool: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), repr=False
+    )
+    _under_way: tuple[Save, Future[Path]] | None = field(default=None, repr=False)
 
-    def save(self, state: TrainState, optimizer: Mapping[str, torch.Tensor]) -> Path:
-        """Writes a checkpoint of this step, then removes those that are no longer kept."""
+    def begin(
+        self, state: TrainState, optimizer: Mapping[str, torch.Tensor], *, is_scheduled: bool
+    ) -> None:
+        """Starts a checkpoint of this step; `collect` says when it is there.
+
+        Only the copying of its tensors is waited for, without `in_background` all of it.
+
+        Args:
+            state: of this step.
+            optimizer: its tensors.
+            is_scheduled: the uninterrupted run saves at this step, too.
+        """
+        num_bytes = self.weights.num_bytes + sum(t.nbytes for t in optimizer.values())
+        self.require_space(num_bytes)
+        copies = self.in_background
+        if copies:
+            optimizer = {
+                name: tensor.detach().to("cpu", copy=True) for name, tensor in optimizer.items()
+            }
         target = self.folder / f"step-{state.step:08d}"
-        with atomic_directory(target) as temporary:
-            self.save_weights(temporary)
-            save_file(dict(optimizer), temporary / "optim.safetensors")
-            (temporary / "state.json").write_text(state.to_json(), encoding="utf-8")
-            write_manifest(temporary, {"step": state.step})
-        self._rotate(state)
-        return target
+        writer = self.weights.writer(copies=copies)
+        save = Save(target, state.copy(), is_scheduled, writer, optimizer)
+        self._under_way = (save, self._pool.submit(save.write))
+        if not copies:
+            self._under_way[1].exception()  # the tensors are the live ones: training must wait
 
-    def latest(self, warn: Callable[[str], None]) -> Path | None:
+    def collect(self, warn: Warn, *, wait: bool) -> Path | None:
+        """The checkpoint that was begun, once it is written; None if none is, or it goes on.
+
+        What fails in the background is tried once more here, with old checkpoints removed.
+
+        Raises:
+            DiskError: it failed again.
+        """
+        if self._under_way is None or not (wait or self._under_way[1].done()):
+            return None
+        save, future = self._under_way
+        self._under_way = None
+        try:
+            path = future.result()
+        except DiskError as error:
+            warn(f"checkpoint {save.target.name} could not be saved ({error.found}); once more")
+            self._rotate(save.state, keep=1)
+            path = self._write_again(save)
+        self._rotate(save.state, self.keep)
+        return path
+
+    def _write_again(self, save: Save) -> Path:
+        try:
+            return save.write()
+        except DiskError as error:
+            num_bytes = self.weights.num_bytes + sum(t.nbytes for t in save.optimizer.values())
+            raise DiskError(
+                error.code,
+                str(save.target),
+                found=f"{error.found}, twice; the checkpoints before it are whole",
+                expected=f"room for {num_bytes / 2**20:,.1f} MiB",
+                try_="free some space and run the same command again",
+            ) from error
+
+    def require_space(self, num_bytes: int | None = None) -> None:
+        """Makes sure that a checkpoint has room; old ones go first if it has not.
+
+        Args:
+            num_bytes: of the checkpoint; by default of the weights with two moments each.
+
+        Raises:
+            DiskError: there is no room (`disk.full`).
+        """
+        num_bytes = num_bytes or 5 * self.weights.num_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            require_space(self.folder, num_bytes)
+        except DiskError:
+            self._rotate(None, keep=1)
+            require_space(self.folder, num_bytes)
+
+    def latest(self, warn: Warn) -> Path | None:
         """The newest whole checkpoint, or None if there is none at all.
 
         Broken ones are renamed `*.corrupt`, with a warning that says what is wrong.
@@ -64,6 +185,7 @@ class Checkpoints:
         sweep_temporaries(self.folder)
         damages: list[str] = []
         for path in reversed(self.paths()):
+            fault("load.read", path / OPTIMIZER)
             damage = find_damage(path)
             if damage is None:
                 return path
@@ -80,41 +202,82 @@ class Checkpoints:
             )
         return None
 
-    def load(self, path: Path) -> tuple[TrainState, dict[str, torch.Tensor]]:
-        """Copies the weights into the model; returns the state and the optimizer's tensors."""
-        self.load_weights(path)
-        state = TrainState.from_json(_state_text(path))
-        return state, load_file(path / "optim.safetensors")
+    def latest_scheduled(self) -> Path | None:
+        """The newest whole checkpoint that the uninterrupted run has, too."""
+        paths = (path for path in reversed(self.paths()) if _is_scheduled(path))
+        return next((path for path in paths if find_damage(path) is None), None)
 
-    def load_best(self, step: int, warn: Callable[[str], None]) -> bool:
+    def load(self, path: Path) -> tuple[TrainState, dict[str, torch.Tensor]]:
+        """Copies the weights into the model; returns the state and the optimizer's tensors.
+
+        Raises:
+            CheckpointError: it holds other weights than the model trains
+                (`checkpoint.other-weights`).
+        """
+        try:
+            self.weights.load(path)
+        except ValueError as error:
+            raise CheckpointError(
+                "checkpoint.other-weights",
+                str(path),
+                found=str(error),
+                expected="the weights that this recipe trains",
+                try_="the recipe it was made with, or --restart",
+            ) from error
+        return read_state(path), load_file(path / OPTIMIZER)
+
+    def load_best(self, step: int, warn: Warn) -> bool:
         """Copies the weights of a step's checkpoint into the model if it is whole, else warns."""
         path = self.folder / f"step-{step:08d}"
         damage = find_damage(path)
         if damage is not None:
             warn(f"the best checkpoint {path.name} cannot be used ({damage}); the last weights are")
             return False
-        self.load_weights(path)
+        self.weights.load(path)
         return True
 
     def paths(self) -> list[Path]:
         """Checkpoint directories, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if path.suffix == "")
 
-    def _rotate(self, state: TrainState) -> None:
-        newest = self.paths()[-self.keep :]
+    def _rotate(self, state: TrainState | None, keep: int) -> None:
+        paths = self.paths()
+        newest = paths[-keep:]
         kept = {path.name for path in newest}
         # The best step of every kept one: if the newest breaks, the one before needs its own.
-        bests = {TrainState.from_json(_state_text(path)).best_step for path in newest}
-        kept |= {f"step-{step:08d}" for step in {*bests, state.best_step} if step is not None}
-        for path in self.paths():
+        states = [*filter(None, map(_state_if_readable, newest)), *([state] if state else [])]
+        kept |= {f"step-{each.best_step:08d}" for each in states if each.best_step is not None}
+        # A rollback must find what it would find in a run that no signal ever stopped.
+        kept |= {path.name for path in [path for path in paths if _is_scheduled(path)][-1:]}
+        for path in paths:
             if path.name not in kept:
-                # Without its manifest a half-removed directory is never taken for a checkpoint.
-                (path / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
 
 
-def _state_text(path: Path) -> str:
-    return (path / "state.json").read_text(encoding="utf-8")
+def read_state(path: Path) -> TrainState:
+    """The state in a checkpoint."""
+    return TrainState.from_json((path / STATE).read_text(encoding="utf-8"))
+
+
+def _state_if_readable(path: Path) -> TrainState | None:
+    with suppress(OSError, ValueError, TypeError, KeyError):  # a half-removed or damaged one
+        return read_state(path)
+    return None
+
+
+def _is_scheduled(path: Path) -> bool:
+    with suppress(OSError, ValueError):
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return bool(manifest.get("scheduled"))
+    return False
+
+
+def _remove(path: Path) -> None:
+    # Without its manifest a half-removed directory is never taken for a checkpoint.
+    with suppress(OSError):
+        fault("save.rotate", path)
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _set_aside(path: Path) -> None:

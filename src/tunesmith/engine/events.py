@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-from tunesmith.types import Event, Json, Listener
-
-Kind = Literal["start", "step", "evaluation", "checkpoint", "resume", "warning", "done"]
+from tunesmith.io.atomic import disk_error
+from tunesmith.io.fault import fault
+from tunesmith.types import Event, EventKind, Json, Listener
 
 
 class EventLog:
@@ -19,6 +19,7 @@ class EventLog:
 
     def __init__(self, path: Path, listeners: Sequence[Listener] = ()) -> None:
         is_torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
         if is_torn:  # killed in the middle of a line: the next one starts on its own
             self._file.write("\n")
@@ -35,12 +36,20 @@ class EventLog:
     ) -> None:
         self._file.close()
 
-    def emit(self, kind: Kind, step: int, data: Mapping[str, Json] | None = None) -> None:
-        """Writes one event and tells the listeners."""
+    def emit(self, kind: EventKind, step: int, data: Mapping[str, Json] | None = None) -> None:
+        """Writes one event and tells the listeners.
+
+        Raises:
+            DiskError: it cannot be written (`disk.write`).
+        """
         event = Event(kind, step, time.time(), data or {})
         line: dict[str, Json] = {"event": kind, "step": step, "time": round(event.time, 3)}
-        self._file.write(json.dumps({**line, **event.data}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            fault("log.emit", step=step)
+            self._file.write(json.dumps({**line, **event.data}, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise disk_error(self._path, error) from error
         for listener in self._listeners:
             listener(event)
 
@@ -49,9 +58,10 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     """The events that count, in step order.
 
     After a crash, steps past the last checkpoint run again and log again: of several events of one
-    kind for one step the last counts. A torn last line (the process was killed in it) is skipped.
+    kind for one step the last counts, of warnings that say the same the last. A torn last line
+    (the process was killed in it) is skipped.
     """
-    latest: dict[tuple[int, str], dict[str, Any]] = {}
+    latest: dict[tuple[int, str, str], dict[str, Any]] = {}
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -60,5 +70,5 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
                 event: dict[str, Any] = json.loads(line)
             except ValueError:
                 continue
-            latest[event["step"], event["event"]] = event
+            latest[event["step"], event["event"], event.get("message", "")] = event
     yield from (latest[key] for key in sorted(latest, key=lambda key: key[0]))

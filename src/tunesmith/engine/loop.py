@@ -1,66 +1,40 @@
 """The training loop: one for all objectives.
 
-A step is: global batch -> micro-batches forward and backward -> clip -> update. None of it waits
-for the device: batches are prepared ahead, and loss and norm are read a step later.
-Validation and checkpoints happen between steps only, so a restart always begins at a step boundary.
+Batches are prepared ahead, loss and norm are read a step later. Validation and checkpoints happen
+between steps only, so a restart always begins at a step boundary. Whatever ends the loop, what it
+has learned is saved first.
 """
 
 from __future__ import annotations
 
-import math
+import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 
 import torch
 
 from tunesmith.config.auto import number
-from tunesmith.config.recipe import Recipe
 from tunesmith.data.loader import Loader
-from tunesmith.engine.checkpoint import Checkpoints
-from tunesmith.engine.events import EventLog
-from tunesmith.engine.prefetch import prefetch_steps, prefetch_validation
-from tunesmith.engine.readback import Arrival, open_readback
-from tunesmith.engine.rng import seed_step
+from tunesmith.engine.guards import (
+    highest_loss,
+    must_roll_back,
+    record_loss,
+    record_skip,
+    rolled_back,
+)
+from tunesmith.engine.oom import TooLargeError, smaller_budget
+from tunesmith.engine.prefetch import prefetch_steps
+from tunesmith.engine.readback import Arrival, Readback, open_readback
 from tunesmith.engine.schedule import learning_rate_at
-from tunesmith.engine.signals import StopSignal
 from tunesmith.engine.state import TrainState
-from tunesmith.errors import Interrupted, NumbersError, RunError
-from tunesmith.objectives.base import Objective
-from tunesmith.ops.optim import FlatAdamW
-from tunesmith.types import GlobalBatch, Json, PackedBatch
+from tunesmith.engine.step import Run, evaluate_loss, update
+from tunesmith.errors import Interrupted, NumbersError, OutOfMemoryError, RunError, TunesmithError
+from tunesmith.types import GlobalBatch, Json
 
-
-@dataclass(frozen=True)
-class Run:
-    """All parts of a run, put together by `train.py`.
-
-    `validation` gives the validation batches anew on each call, or is None.
-    """
-
-    recipe: Recipe
-    model: Any
-    parameters: list[tuple[str, torch.nn.Parameter]]
-    objective: Objective
-    optimizer: FlatAdamW
-    loader: Loader
-    validation: Callable[[], Iterable[PackedBatch]] | None
-    checkpoints: Checkpoints
-    events: EventLog
-    stop: StopSignal
-    device: torch.device
-    autocast_dtype: torch.dtype | None
-    num_steps: int
-    after_step: Callable[[], object] = lambda: None
-    """Called when a step is done, for what the machine needs."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 products on fp32 weights where the device is fast at it, else nothing."""
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+MOST_PLACES = 8
+"""Samples that a message names."""
 
 
 @dataclass(frozen=True)
@@ -71,30 +45,55 @@ class StepNote:
     batch: GlobalBatch
 
 
-def restore(run: Run, data_key: str) -> TrainState:
+@dataclass
+class Progress:
+    """Where `fit` is; the state in it is all that a checkpoint needs.
+
+    Args:
+        state: of the run.
+        saved_step: of the newest checkpoint, None if there is none.
+        numbers: of steps whose numbers are on their way.
+    """
+
+    state: TrainState
+    saved_step: int | None
+    numbers: Readback[StepNote]
+
+
+def restore(run: Run, fingerprints: dict[str, str], *, allow_changes: bool = False) -> TrainState:
     """The state of the newest whole checkpoint, with weights and optimizer put back, or a new one.
 
+    Args:
+        run: whose model and optimizer take what is read.
+        fingerprints: of model and data as they are now.
+        allow_changes: go on even if these differ from the run's beginning.
+
     Raises:
-        CheckpointError: all checkpoints are broken.
+        CheckpointError: all checkpoints are broken, or hold other weights.
         RunError: the data has changed since the run began (`run.data-changed`).
     """
+    run.watchdog.beat("load", 0)
     warnings: list[str] = []
     path = run.checkpoints.latest(warnings.append)
     for text in warnings:
         run.events.emit("warning", 0, {"message": text})
     if path is None:
-        return TrainState(data_key=data_key)
+        return TrainState(fingerprints)
     state, tensors = run.checkpoints.load(path)
-    if state.data_key != data_key:
+    changed = state.differing(fingerprints)
+    if changed and not allow_changes:
         raise RunError(
             "run.data-changed",
             str(path.parent.parent),
-            found="data, template, tokenizer or base model that differ from the run's beginning",
+            found=f"another content than at the run's beginning: {', '.join(changed)}",
             expected="the same, to go on exactly",
-            try_="--restart trains anew, or choose another `output`",
+            try_="--allow-changes goes on all the same, --restart trains anew",
         )
+    if allow_changes:
+        state.fingerprints, state.num_rollbacks, state.bad_steps = fingerprints, 0, []
     run.optimizer.restore(tensors)
-    run.events.emit("resume", state.step, {"checkpoint": path.name})
+    facts: dict[str, Json] = {"checkpoint": path.name, "changed": list(changed)}
+    run.events.emit("resume", state.step, facts)
     return state
 
 
@@ -103,113 +102,136 @@ def fit(run: Run, state: TrainState) -> TrainState:
 
     Raises:
         Interrupted: a signal came; the state was saved.
-        NumbersError: loss or gradient is not finite; the weights were not touched by it.
+        NumbersError: losses or gradients stay bad; no weight was touched by one.
+        OutOfMemoryError: one sample alone is too much.
+        DiskError: a checkpoint could not be written, twice.
     """
-    saved_step = state.step if state.step else None
     numbers = open_readback(run.device, StepNote)
-    steps = range(state.step, run.num_steps)
-    with prefetch_steps(run.loader.batch, steps, run.device) as batches:
+    progress = Progress(state, state.step if state.step else None, numbers)
+    with _last_words(run, progress):
+        while not _train_on(run, progress):
+            # A rollback or a lack of memory: the batches from here on are other ones.
+            run.watchdog.beat("data", progress.state.step)
+        _collect(run, progress.state, wait=True)
+    return progress.state
+
+
+def loader_of(run: Run, state: TrainState) -> Loader:
+    """The loader as the state wants it: without what is excluded, in batches that fit."""
+    tokens = state.micro_batch_tokens or run.loader.micro_batch_tokens
+    return replace(run.loader, micro_batch_tokens=tokens, excluded=frozenset(state.excluded))
+
+
+def _train_on(run: Run, progress: Progress) -> bool:
+    """Trains while batches stay as planned; True at the end of the run."""
+    state, numbers = progress.state, progress.numbers
+    loader = loader_of(run, state)
+    with prefetch_steps(loader.batch, range(state.step, run.num_steps), run.device) as batches:
         while True:
-            is_last = state.step >= run.num_steps
-            is_best = False
-            if _evaluation_is_due(run, state, is_last=is_last):
-                _record(run, state, numbers.drain())
-                is_best = _evaluate(run, state)
-            is_last = is_last or _stops_early(run, state)
-            if saved_step != state.step and (is_last or is_best or _save_is_due(run, state)):
-                _record(run, state, numbers.drain())
-                _save(run, state)
-                saved_step = state.step
-            is_unmeasured = _evaluation_is_due(run, state, is_last=is_last)
-            is_saved = saved_step == state.step or not state.step
-            if run.stop.received is not None and is_saved and (not is_last or is_unmeasured):
-                raise Interrupted(run.stop.received, run.recipe.output, step=state.step)
-            if is_last:
-                return state
-            started = time.perf_counter()
+            is_end = _between_steps(run, progress)
+            if must_roll_back(state, run.recipe.guard):
+                _roll_back(run, progress)
+                return False
+            if is_end:
+                return True
+            run.watchdog.beat("data", state.step)
             note = StepNote(state.step, next(batches))
-            numbers.put(note, update(run, note.batch, note.step), started)
-            state.step += 1
-            _record(run, state, numbers.ready())
-            run.after_step()
+            started = time.perf_counter()
+            run.watchdog.beat("step", state.step, _places(run, note.batch.sample_ids))
+            try:
+                found = update(run, note.batch, note.step, highest_loss=_limit(run, state))
+            except TooLargeError as problem:
+                _record(run, state, numbers.drain())
+                _take_less(run, state, loader, problem)
+                return False
+            if found is not None:
+                numbers.put(note, found, started)
+                state.step += 1
+                _record(run, state, numbers.ready())
+                run.after_step()
 
 
-def update(run: Run, batch: GlobalBatch, step: int) -> torch.Tensor:
-    """One optimizer step; does not wait for the device.
-
-    If loss or norm is not finite the weights stay as they are, in this step and in all later ones;
-    who reads the numbers raises.
-
-    Returns:
-        (loss per supervised weight, gradient norm before clipping), two numbers on the device.
-    """
-    train = run.recipe.train
-    seed_step(train.seed, step)
-    run.model.train()
-    run.optimizer.zero_grad()
-    # Divided by the weight of the whole global batch: any split into micro-batches is the same.
-    weight = max(batch.supervised_weight, 1e-12)
-    loss = torch.zeros((), device=run.device)
-    for micro_batch in batch.micro_batches:
-        if micro_batch.row_N.numel() == 0:
-            continue
-        with run.autocast():
-            result = run.objective.step(run.model, micro_batch.to(run.device))
-        (result.loss_sum / weight).backward()
-        loss += result.loss_sum.detach().float() / weight
-    norm = run.optimizer.clip(train.clip_norm)
-    is_finite = torch.isfinite(loss) & torch.isfinite(norm)
-    run.optimizer.step(learning_rate_at(train, step, run.num_steps), is_finite)
-    return torch.stack((loss, norm))
+def _limit(run: Run, state: TrainState) -> float:
+    return highest_loss(state, state.step, run.recipe.guard)
 
 
-def train_step(run: Run, batch: GlobalBatch, step: int) -> tuple[float, float]:
-    """One optimizer step, waited for.
+def _between_steps(run: Run, progress: Progress) -> bool:
+    """Measures, saves, or stops, as is due; True if this is the end."""
+    state, numbers = progress.state, progress.numbers
+    _collect(run, state, wait=False)
+    is_last = state.step >= run.num_steps
+    is_best = False
+    if _evaluation_is_due(run, state, is_last=is_last):
+        _record(run, state, numbers.drain())
+        is_best = _evaluate(run, state)
+    is_last = is_last or _stops_early(run, state)
+    is_stopping = run.stop.received is not None
+    is_scheduled = is_last or is_best or _save_is_scheduled(run, state)
+    is_asked = _save_is_asked(run, state)
+    if progress.saved_step != state.step and (is_scheduled or is_asked):
+        _record(run, state, numbers.drain())
+        # What is about to be rolled back is not worth keeping.
+        if not must_roll_back(state, run.recipe.guard):
+            _save(run, progress, is_scheduled=is_scheduled, wait=is_stopping)
+    is_unmeasured = _evaluation_is_due(run, state, is_last=is_last)
+    # Not saved: the signal came a moment ago; the next time around it is.
+    is_saved = progress.saved_step == state.step or not state.step
+    if is_stopping and is_saved and (not is_last or is_unmeasured):
+        _collect(run, state, wait=True)
+        raise Interrupted(run.stop.received or 0, run.recipe.output, step=state.step)
+    return is_last
 
-    Returns:
-        (loss per supervised weight, gradient norm before clipping).
 
-    Raises:
-        NumbersError: one of them is not finite (`numbers.not-finite`); nothing was updated.
-    """
-    loss, norm = update(run, batch, step).tolist()
-    _check_numbers(run, batch, step, loss, norm)
-    return loss, norm
+@contextmanager
+def _last_words(run: Run, progress: Progress) -> Generator[None]:
+    """Saves the last whole step when something breaks the loop, whatever it is."""
+    is_broken = True
+    try:
+        yield
+        is_broken = False
+    except (Interrupted, NumbersError):  # after a save; of what must not be saved
+        is_broken = False
+        raise
+    finally:
+        if is_broken:
+            _save_last_step(run, progress)
 
 
-def evaluate_loss(
-    run: Run, batches: Iterable[PackedBatch], should_stop: Callable[[], bool] = lambda: False
-) -> float | None:
-    """Mean loss per supervised weight, or None if stopped before the end."""
-    run.model.eval()
-    loss, weight = 0.0, 0.0
-    sums = open_readback(run.device, float)
-    with torch.no_grad(), prefetch_validation(batches, run.device) as weighed:
-        for batch, batch_weight in weighed:
-            if should_stop():
-                return None
-            if batch.row_N.numel():
-                with run.autocast():
-                    result = run.objective.step(run.model, batch.to(run.device))
-                sums.put(batch_weight, result.loss_sum[None], time.perf_counter())
-                for arrival in sums.ready():
-                    loss, weight = loss + arrival.numbers[0], weight + arrival.about
-    for arrival in sums.drain():
-        loss, weight = loss + arrival.numbers[0], weight + arrival.about
-    return loss / weight if weight else float("nan")
+def _save_last_step(run: Run, progress: Progress) -> None:
+    state = progress.state
+    # What broke the loop is what the user must see, not that its last words failed, too.
+    with suppress(TunesmithError, OSError, RuntimeError):
+        _record(run, state, progress.numbers.drain())
+        _collect(run, state, wait=True)
+        if state.step and progress.saved_step != state.step and not run.optimizer.is_updating:
+            _save(run, progress, is_scheduled=False, wait=True)
+            message = f"saved at step {state.step} before the run broke off"
+            run.events.emit("warning", state.step, {"message": message})
+
+
+# Numbers
 
 
 def _record(run: Run, state: TrainState, steps: Iterator[Arrival[StepNote]]) -> None:
     """Takes the numbers of finished steps into the state and the event stream."""
     for arrival in steps:
-        step, batch, (loss, norm) = arrival.about.step, arrival.about.batch, arrival.numbers
-        _check_numbers(run, batch, step, loss, norm)
+        step, batch, (loss, norm, is_good) = (
+            arrival.about.step,
+            arrival.about.batch,
+            arrival.numbers,
+        )
         state.samples_seen += len(batch.sample_ids)
         state.tokens_seen += batch.num_tokens
         state.supervised_seen += batch.num_supervised
-        state.loss_sum += loss
         state.train_seconds += arrival.seconds
         done = step + 1
+        if not batch.supervised_weight:
+            state.num_empty += 1
+        elif is_good:
+            record_loss(state, step, loss, run.recipe.guard)
+        else:
+            _say_skipped(run, state, arrival)
+            record_skip(state, batch.sample_ids)
         if done % run.recipe.log.every_steps == 0 or done == run.num_steps:
             data: dict[str, Json] = {
                 "epoch": round(done / run.loader.steps_per_epoch, 4),
@@ -221,6 +243,82 @@ def _record(run: Run, state: TrainState, steps: Iterator[Arrival[StepNote]]) -> 
                 "tokens_per_second": round(batch.num_tokens / arrival.seconds, 1),
             }
             run.events.emit("step", done, data)
+
+
+def _say_skipped(run: Run, state: TrainState, arrival: Arrival[StepNote]) -> None:
+    step, (loss, norm, _) = arrival.about.step, arrival.numbers
+    limit = highest_loss(state, step, run.recipe.guard)
+    reason = f"the loss leaps above {limit:.4g}" if loss > limit else "not finite"
+    places = _places(run, arrival.about.batch.sample_ids)
+    message = f"step {step + 1} is not learned from: loss {loss:.4g}, gradient norm {norm:.4g}"
+    facts: dict[str, Json] = {"loss": loss, "grad_norm": norm, "samples": list(places)}
+    facts["message"] = f"{message} ({reason}; samples {', '.join(places)})"
+    run.events.emit("skip", step + 1, facts)
+
+
+def _places(run: Run, sample_ids: Sequence[int]) -> list[str]:
+    return [str(origin) for origin in run.loader.origins(sample_ids[:MOST_PLACES])]
+
+
+def _roll_back(run: Run, progress: Progress) -> None:
+    """Goes back to the last scheduled checkpoint, without the samples of the bad steps.
+
+    Raises:
+        NumbersError: that was done often enough (`numbers.bad-steps`).
+    """
+    state = progress.state
+    guard, bad = run.recipe.guard, [sample for step in state.bad_steps for sample in step]
+    places = ", ".join(_places(run, bad))
+    if state.num_rollbacks >= guard.rollbacks:
+        raise NumbersError(
+            "numbers.bad-steps",
+            f"step {state.step}",
+            found=f"{len(state.bad_steps)} steps in a row with bad losses or gradients, "
+            f"after {state.num_rollbacks} rollbacks (samples {places})",
+            expected="finite numbers; no weight was updated with a bad one",
+            try_="lower train.learning_rate, or look at these samples with `tunesmith preview`",
+        )
+    _collect(run, state, wait=True)
+    path = run.checkpoints.latest_scheduled()
+    target = None
+    if path is not None:
+        target, tensors = run.checkpoints.load(path)
+        run.optimizer.restore(tensors)
+    new = rolled_back(state, target)
+    back = f"back to step {new.step}" if target is not None else "going on"
+    message = f"{len(state.bad_steps)} bad steps in a row: {back} without samples {places}"
+    run.events.emit("rollback", state.step, {"to": new.step, "message": message})
+    progress.state = new
+    progress.saved_step = new.step if target is not None else None
+
+
+def _take_less(run: Run, state: TrainState, loader: Loader, problem: TooLargeError) -> None:
+    """Halves the tokens of a micro-batch after memory ran out.
+
+    Raises:
+        OutOfMemoryError: what did not fit is one sample already.
+    """
+    tokens = problem.batch.num_stored_tokens
+    budget = smaller_budget(loader, state.step, tokens)
+    if budget is None:
+        samples = list(dict.fromkeys(problem.batch.sample_N.tolist()))
+        needed = problem.asked or f"about {run.peak_bytes(tokens) / 2**30:.2f} GiB in all"
+        raise OutOfMemoryError(
+            "memory.one-sample",
+            ", ".join(_places(run, samples)),
+            found=f"no memory for its {tokens:,} tokens (needed: {needed})",
+            expected="a sample that fits",
+            try_="train.checkpointing=full, a smaller data.max_length, or model.quantize=nf4",
+        )
+    gc.collect()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    state.micro_batch_tokens = budget
+    message = f"out of memory at {tokens:,} tokens at once: at most {budget:,} from now on"
+    run.events.emit("warning", state.step, {"message": f"{message}, the same samples in a step"})
+
+
+# Validation
 
 
 def _evaluation_is_due(run: Run, state: TrainState, *, is_last: bool) -> bool:
@@ -240,7 +338,13 @@ def _evaluate(run: Run, state: TrainState) -> bool:
     if run.validation is None:
         return False
     started = time.perf_counter()
-    loss = evaluate_loss(run, run.validation(), lambda: run.stop.received is not None)
+    loader = loader_of(run, state)
+    try:
+        batches = run.validation(loader.micro_batch_tokens)
+        loss = evaluate_loss(run, batches, lambda: run.stop.received is not None)
+    except TooLargeError as problem:
+        _take_less(run, state, loader, problem)
+        return _evaluate(run, state)
     if loss is None:
         return False
     is_best = state.record_evaluation(loss)
@@ -254,24 +358,35 @@ def _stops_early(run: Run, state: TrainState) -> bool:
     return patience is not None and state.evaluations_without_best >= patience
 
 
-def _save_is_due(run: Run, state: TrainState) -> bool:
-    every = number(run.recipe.checkpoint.every_steps)
-    return state.step > 0 and (state.step % every == 0 or run.stop.received is not None)
+# Checkpoints
 
 
-def _save(run: Run, state: TrainState) -> None:
-    path = run.checkpoints.save(state, run.optimizer.tensors())
-    run.events.emit("checkpoint", state.step, {"path": f"checkpoints/{path.name}"})
+def _save_is_scheduled(run: Run, state: TrainState) -> bool:
+    return state.step > 0 and state.step % number(run.recipe.checkpoint.every_steps) == 0
 
 
-def _check_numbers(run: Run, batch: GlobalBatch, step: int, loss: float, norm: float) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    places = ", ".join(str(origin) for origin in run.loader.origins(batch.sample_ids)[:8])
-    raise NumbersError(
-        "numbers.not-finite",
-        f"step {step + 1}",
-        found=f"loss {loss}, gradient norm {norm} (samples {places})",
-        expected="finite numbers; the weights were left as they were before this step",
-        try_="lower train.learning_rate, or look at these samples with `tunesmith preview`",
-    )
+def _save_is_asked(run: Run, state: TrainState) -> bool:
+    wants_save, run.stop.wants_save = run.stop.wants_save, False
+    return state.step > 0 and (wants_save or run.stop.received is not None)
+
+
+def _save(run: Run, progress: Progress, *, is_scheduled: bool, wait: bool) -> None:
+    """Begins a checkpoint of this step; one that is under way is waited for."""
+    state = progress.state
+    run.watchdog.beat("save", state.step)
+    _collect(run, state, wait=True)
+    run.checkpoints.begin(state, run.optimizer.tensors(), is_scheduled=is_scheduled)
+    progress.saved_step = state.step
+    _collect(run, state, wait=wait)
+
+
+def _collect(run: Run, state: TrainState, *, wait: bool) -> None:
+    """Tells of a checkpoint that is finished."""
+
+    def warn(text: str) -> None:
+        run.events.emit("warning", state.step, {"message": text})
+
+    path = run.checkpoints.collect(warn, wait=wait)
+    if path is not None:
+        step = int(path.name.removeprefix("step-"))
+        run.events.emit("checkpoint", step, {"path": f"checkpoints/{path.name}"})

@@ -14,15 +14,32 @@ from typing import Any, cast
 
 import yaml
 
-from tunesmith.config.load import differing_keys, dump_recipe, recipe_from
+from tunesmith.config.load import changed_keys, dump_recipe, merge_recipes, recipe_from
 from tunesmith.config.recipe import Recipe
 from tunesmith.errors import DiskError, RunError
 from tunesmith.io.atomic import write_atomic
 from tunesmith.io.lock import directory_lock
 from tunesmith.types import Json
 
-HARMLESS_KEYS = ("log", "checkpoint", "output")
-"""What may change between two starts of a run without changing its numbers."""
+HARMLESS_KEYS = (
+    "log",
+    "checkpoint",
+    "output",
+    "guard.hang_warn_seconds",
+    "guard.hang_stop_seconds",
+)
+"""What may change between two starts of a run without changing a number."""
+
+ROUNDING_KEYS = (
+    "train.micro_batch_tokens",
+    "train.checkpointing",
+    "train.checkpointed_layers",
+    "train.compile",
+)
+"""What may change, too: the same samples in the same steps, sums in another order."""
+
+
+LEFT_BY_A_START = ("recipe.resolved.yaml", "events.jsonl", "heartbeat.json", "stacks-")
 
 
 @dataclass(frozen=True)
@@ -55,20 +72,17 @@ class RunDirectory:
     def resolved(self, asked: Recipe) -> Recipe | None:
         """The recipe with all its values, as an earlier start resolved it.
 
-        What may change without changing a number is taken from `asked`.
+        What is asked for otherwise than at that start is taken from `asked`.
         """
         resolved = _read_recipe(self.path / "recipe.resolved.yaml")
-        if resolved is None or not (self.path / "recipe.yaml").exists():
+        old = _read_recipe(self.path / "recipe.yaml")
+        if resolved is None or old is None:
             return None
-        every = asked.checkpoint.every_steps
-        every = resolved.checkpoint.every_steps if every == "auto" else every
-        checkpoint = asked.checkpoint.model_copy(update={"every_steps": every})
-        changes = {"log": asked.log, "checkpoint": checkpoint, "output": asked.output}
-        return resolved.model_copy(update=changes)
+        return merge_recipes(resolved, asked, changed_keys(old, asked))
 
     def save_recipes(self, recipe: Recipe, resolved: Recipe, reasons: dict[str, str]) -> None:
-        """Writes down what was asked for and what it was resolved to, on the first start."""
-        if not (self.path / "recipe.yaml").exists():
+        """Writes down what was asked for and what it was resolved to, at every change of it."""
+        if _read_recipe(self.path / "recipe.yaml") != recipe:
             write_atomic(self.path / "recipe.resolved.yaml", dump_recipe(resolved, reasons))
             write_atomic(self.path / "recipe.yaml", dump_recipe(recipe))
 
@@ -77,10 +91,13 @@ class RunDirectory:
         write_atomic(self.path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
 
 
-def open_run(recipe: Recipe, *, restart: bool = False) -> RunDirectory:
+def open_run(recipe: Recipe, *, restart: bool = False, allow_changes: bool = False) -> RunDirectory:
     """Makes or reopens the run directory of a recipe.
 
-    With `restart` an earlier run is moved aside, never deleted.
+    Args:
+        recipe: what is asked for.
+        restart: move an earlier run aside; it is never deleted.
+        allow_changes: go on in it even if the recipe's numbers differ.
 
     Raises:
         RunError: the directory holds something else (`run.foreign`), or a run of a recipe whose
@@ -105,23 +122,27 @@ def open_run(recipe: Recipe, *, restart: bool = False) -> RunDirectory:
         ) from error
     old = _read_recipe(path / "recipe.yaml")
     others = [item.name for item in path.iterdir() if not item.name.startswith(".")]
-    # A start that died while it loaded the model leaves these two and no recipe.
-    if old is None and set(others) - {"recipe.resolved.yaml", "events.jsonl"}:
+    # A start that died while it loaded the model leaves these and no recipe.
+    strange = [name for name in others if not name.startswith(LEFT_BY_A_START)]
+    if old is None and strange:
         raise RunError(
             "run.foreign",
             str(path),
-            found=f"a folder that is no run: {', '.join(sorted(others)[:6])}",
+            found=f"a folder that is no run: {', '.join(sorted(strange)[:6])}",
             expected="an empty folder or an earlier start of this run",
             try_="choose another `output`",
         )
-    changed = differing_keys(old, recipe, ignore=HARMLESS_KEYS) if old is not None else []
-    if changed:
+    changed = changed_keys(old, recipe) if old is not None else {}
+    lines = [f"{key}: {before} -> {after}" for key, (before, after) in changed.items()]
+    refused = [line for line in lines if not line.startswith((*HARMLESS_KEYS, *ROUNDING_KEYS))]
+    if refused and not allow_changes:
         raise RunError(
             "run.recipe-changed",
             str(path),
-            found="an earlier run with another recipe: " + "; ".join(changed),
+            found="an earlier run with another recipe: " + "; ".join(refused),
             expected="the same recipe, to go on exactly",
-            try_="--restart trains anew (the old run is kept aside), or choose another `output`",
+            try_="--allow-changes goes on all the same, --restart trains anew (the old run is kept "
+            "aside), another `output` keeps both",
         )
     return RunDirectory(path)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -12,14 +13,14 @@ from typing import Any
 class TrainState:
     """Where a run stands. Random numbers need no entry: each step seeds them from (seed, step)."""
 
-    data_key: str
-    """Content hash of the data the run was started with."""
+    fingerprints: dict[str, str]
+    """Hashes of model, template and data files that the run was started with, by their names."""
     step: int = 0
     samples_seen: int = 0
     tokens_seen: int = 0
     supervised_seen: int = 0
     loss_sum: float = 0.0
-    """Sum of the step losses, for the mean train_loss of the run."""
+    """Sum of the losses of steps that were learned from, for the mean train_loss of the run."""
     train_seconds: float = 0.0
     """Time spent in training steps, over all restarts."""
     evaluated_step: int | None = None
@@ -30,6 +31,21 @@ class TrainState:
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_without_best: int = 0
+    recent_losses: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+    """(step, loss) of the last steps that were learned from, for what counts as a spike."""
+    bad_steps: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
+    """Sample ids of the steps left out in a row, up to now."""
+    num_learned: int = 0
+    """Steps that changed weights."""
+    num_skipped: int = 0
+    """Steps whose update was left out, because their numbers were bad."""
+    num_empty: int = 0
+    """Steps without any supervised token, which change nothing."""
+    excluded: list[int] = field(default_factory=list[int])
+    """Samples that are no longer trained on, since a rollback."""
+    num_rollbacks: int = 0
+    micro_batch_tokens: int | None = None
+    """The budget of a micro-batch since memory ran out; None is what was planned."""
 
     def record_evaluation(self, loss: float) -> bool:
         """Takes a validation loss in; True if it is the best so far.
@@ -49,6 +65,11 @@ class TrainState:
         self.evaluations_without_best += 1
         return False
 
+    def differing(self, fingerprints: Mapping[str, str]) -> list[str]:
+        """Names of what has changed since the run began."""
+        names = dict.fromkeys([*self.fingerprints, *fingerprints])
+        return [n for n in names if self.fingerprints.get(n) != fingerprints.get(n)]
+
     def to_json(self) -> str:
         """The state as JSON; floats keep all their bits."""
         return json.dumps(asdict(self), indent=1)
@@ -57,8 +78,15 @@ class TrainState:
     def from_json(cls, text: str) -> TrainState:
         """Reads what `to_json` wrote."""
         values: dict[str, Any] = json.loads(text)
+        values["recent_losses"] = [(step, loss) for step, loss in values["recent_losses"]]
+        values["bad_steps"] = [tuple(ids) for ids in values["bad_steps"]]
         return cls(**values)
 
     def copy(self) -> TrainState:
         """An independent copy."""
-        return replace(self)
+        return replace(
+            self,
+            recent_losses=list(self.recent_losses),
+            bad_steps=list(self.bad_steps),
+            excluded=list(self.excluded),
+        )

@@ -6,6 +6,7 @@ Not covered: network file systems whose rename is not atomic.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Generator
@@ -16,6 +17,7 @@ from typing import TextIO
 from safetensors import SafetensorError
 
 from tunesmith.errors import DiskError, TunesmithError
+from tunesmith.io.fault import fault
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -27,16 +29,19 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     content = data.encode() if isinstance(data, str) else data
     try:
+        fault("save.write", path)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
+            fault("save.fsync", temporary)
             os.fsync(file.fileno())
+        fault("save.rename", temporary)
         temporary.replace(path)
         sync_directory(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
 
 
 @contextmanager
@@ -54,7 +59,7 @@ def atomic_text(path: Path) -> Generator[TextIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -71,12 +76,14 @@ def atomic_directory(path: Path) -> Generator[Path]:
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        fault("save.open", path)
         temporary.mkdir(parents=True)
         yield temporary
         for file in sorted(temporary.rglob("*")):
             if file.is_file():
                 _sync_file(file)
         sync_directory(temporary)
+        fault("save.rename", temporary)
         if path.exists():
             # Two renames, so that a reader sees the old one, nothing, or the new one, never a mix.
             old = path.with_name(f".tmp-{os.getpid()}-old-{path.name}")
@@ -93,7 +100,7 @@ def atomic_directory(path: Path) -> Generator[Path]:
     except TunesmithError:
         raise
     except (OSError, SafetensorError) as error:
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -117,15 +124,43 @@ def sync_directory(path: Path) -> None:
 
 
 def _sync_file(path: Path) -> None:
+    fault("save.fsync", path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _disk_error(path: Path, error: OSError | SafetensorError) -> DiskError:
+ROOM = 1.2
+"""Free space asked for, as a multiple of what will be written."""
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Makes sure that there is room before something is begun.
+
+    Args:
+        folder: an existing one on the disk in question.
+        num_bytes: that will be written.
+
+    Raises:
+        DiskError: there is less than ROOM times as much (`disk.full`).
+    """
+    free = shutil.disk_usage(folder).free
+    if free < ROOM * num_bytes:
+        raise DiskError(
+            "disk.full",
+            str(folder),
+            found=f"{free / 2**20:,.0f} MiB free",
+            expected=f"at least {ROOM * num_bytes / 2**20:,.0f} MiB",
+            try_="free some space, or choose another `output`",
+        )
+
+
+def disk_error(path: Path, error: OSError | SafetensorError) -> DiskError:
+    """Our error for what the system or safetensors says of a write that failed."""
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return DiskError(
-        "disk.write",
+        "disk.full" if is_full else "disk.write",
         str(path),
         found=getattr(error, "strerror", None) or str(error),
-        expected="a place that can be written",
+        expected="room for it" if is_full else "a place that can be written",
         try_="free some space, or choose another `output`",
     )

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import signal
@@ -51,7 +52,8 @@ ACTIONS = {
     "truncate": "truncate:<bytes> cuts the file at hand",
     "flip": "flip:<offset> turns a bit of the file at hand",
     "sleep": "sleep:<seconds>",
-    "nan": "the caller spoils its number",
+    "nan": "the caller's number is spoiled",
+    "scale": "scale:<factor> multiplies the caller's number",
     "oom": "MemoryError",
 }
 
@@ -66,7 +68,8 @@ SIGNALS = {
 }
 CONDITION = re.compile(r"(\w+)([=>])(\d+)")
 
-Fact = int | Sequence[int]
+Fact = int | Callable[[], Sequence[int]]
+"""A number, or what finds several of them if they are asked for."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _holds(condition: str, facts: Mapping[str, Fact]) -> bool:
     if name not in facts:
         return False
     fact = facts[name]
-    values = [fact] if isinstance(fact, int) else list(fact)
+    values = [fact] if isinstance(fact, int) else fact()
     return any(value == number if sign == "=" else value > number for value in values)
 
 
@@ -139,16 +142,19 @@ _armed: _Armed | None = None
 arm()
 
 
-def fault(point: str, path: Path | None = None, **facts: Fact) -> bool:
-    """A place where something may go wrong; True asks the caller to spoil its number.
+def fault(point: str, path: Path | None = None, **facts: Fact) -> float:
+    """A place where something may go wrong.
 
     Args:
         point: its name in POINTS.
         path: the file at hand, for `truncate` and `flip`.
         facts: numbers that a fault's `when` can ask for.
+
+    Returns:
+        what the caller's number is to be multiplied by.
     """
     if _armed is None:
-        return False
+        return 1.0
     if point not in POINTS:
         raise ValueError(f"{point!r} is not in POINTS")
     _armed.counts[point] += 1
@@ -156,11 +162,10 @@ def fault(point: str, path: Path | None = None, **facts: Fact) -> bool:
         with _armed.hits.open("a", encoding="ascii") as file:
             file.write(f"{point}\n")
     due = [each for each in _armed.faults if each.is_due(point, _armed.counts[point], facts)]
-    acted = [_act(each, point, path) for each in due]
-    return any(acted)
+    return math.prod([_act(each, point, path) for each in due])
 
 
-def _act(fault: Fault, point: str, path: Path | None) -> bool:
+def _act(fault: Fault, point: str, path: Path | None) -> float:
     action, argument = fault.action, fault.argument
     if action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[action])
@@ -174,7 +179,11 @@ def _act(fault: Fault, point: str, path: Path | None) -> bool:
         time.sleep(float(argument))
     elif action in ("truncate", "flip") and path is not None:
         _spoil_file(path, action, int(argument or 0))
-    return action == "nan"
+    elif action == "nan":
+        return math.nan
+    elif action == "scale":
+        return float(argument)
+    return 1.0
 
 
 def _spoil_file(path: Path, action: str, place: int) -> None:

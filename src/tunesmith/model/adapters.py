@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,22 +110,68 @@ def trainable_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
-def save_trained(model: Any, folder: Path) -> None:
-    """Writes what was trained, for a checkpoint: without the weights that stay as they are."""
-    trained = trainable_parameters(model)
-    if hasattr(model, "peft_config") or len(trained) == len(list(model.parameters())):
-        save_weights(model, folder)
-        return
+@dataclass(frozen=True)
+class TrainedWeights:
+    """What is trained of a model, for checkpoints: without the weights that stay as they are."""
+
+    model: Any
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors that are trained."""
+        return sum(parameter.nbytes for _, parameter in trainable_parameters(self.model))
+
+    def writer(self, *, copies: bool) -> Callable[[Path], None]:
+        """What writes the weights into a folder, in any thread.
+
+        Args:
+            copies: write them as they are now, whatever becomes of them.
+        """
+        model, trained = self.model, dict(trainable_parameters(self.model))
+        if hasattr(model, "peft_config") or len(trained) == len(list(model.parameters())):
+            state = None
+            if copies:  # what is frozen stays as it is without
+                state = model.state_dict()
+                # By place, not by name: a tied weight has two names, of which one is a parameter's.
+                places = {parameter.data_ptr() for parameter in trained.values()}
+                state.update(_copied({n: t for n, t in state.items() if t.data_ptr() in places}))
+            return partial(save_weights, model, state=state)
+        tensors = {name: parameter.detach().contiguous() for name, parameter in trained.items()}
+        return partial(_write_tensors, _copied(tensors) if copies else tensors)
+
+    def load(self, folder: Path) -> None:
+        """See `load_weights`."""
+        load_weights(self.model, folder)
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().contiguous() for name, parameter in trained}
     save_file(tensors, folder / TRAINED_FILE)
 
 
-def save_weights(model: Any, folder: Path) -> None:
-    """Writes the result in its usual format: PEFT's for adapters, else the whole model."""
-    model.save_pretrained(folder)
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in the host's memory; tensors that are one (tied weights) stay one."""
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for tensor in tensors.values():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in copies:
+            copies[place] = tensor.detach().to("cpu", copy=True)
+    return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in tensors.items()}
+
+
+def save_weights(
+    model: Any, folder: Path, *, state: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Writes the result in its usual format: PEFT's for adapters, else the whole model.
+
+    Args:
+        model: the model.
+        folder: where to.
+        state: weights to write in place of the model's own.
+    """
+    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     card = folder / "README.md"
     card.unlink(missing_ok=True)  # PEFT's card is a form to fill in; ours comes with the export
 

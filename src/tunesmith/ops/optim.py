@@ -110,17 +110,19 @@ class FlatGroup:
 class FlatAdamW:
     """AdamW over flat groups; made by `build_flat_adamw`.
 
-    A step whose loss or gradient is not finite changes nothing, and none after it does: the device
-    decides that by itself, and the host may find out later. Not covered: gradients set to None
-    from outside while the parameters are views, which `step` refuses.
+    A step with bad numbers changes nothing but the count of updates: the device decides that by
+    itself, and the host may find out later. `is_updating` stays true after an error in the middle
+    of an update. Not covered: gradients set to None from outside while
+    the parameters are views, which `step` refuses.
     """
 
     def __init__(self, groups: Sequence[FlatGroup], settings: AdamWSettings) -> None:
         self.groups = list(groups)
         self.settings = settings
         self.num_updates = 0
+        self.is_updating = False
         device = self.groups[0].gradient_F.device
-        self._is_stopped = torch.zeros((), device=device)
+        self._is_skipped = torch.zeros((), device=device)
         self._generator = torch.Generator(device)
 
     def zero_grad(self) -> None:
@@ -144,18 +146,19 @@ class FlatAdamW:
         return norm
 
     @torch.no_grad()
-    def step(self, learning_rate: float, is_finite: torch.Tensor) -> None:
-        """Updates all parameters, unless a step so far had bad numbers.
+    def step(self, learning_rate: float, is_good: torch.Tensor) -> None:
+        """Updates all parameters, unless this step's numbers are bad.
 
         Args:
             learning_rate: of this step.
-            is_finite: a boolean scalar on the device.
+            is_good: a boolean scalar on the device.
 
         Raises:
             RuntimeError: a parameter's `.grad` was replaced by another tensor.
         """
+        self.is_updating = True
         self.num_updates += 1
-        torch.maximum(self._is_stopped, (~is_finite).float(), out=self._is_stopped)
+        self._is_skipped.copy_(~is_good)
         self._generator.manual_seed(_seed_of_update(self.settings.seed, self.num_updates))
         for group in self.groups:
             _check_gradients(group)
@@ -165,6 +168,7 @@ class FlatAdamW:
                 self._step_in_parts(group, learning_rate)
             if group.has_master:
                 self._publish(group)
+        self.is_updating = False
 
     def _step_fused(self, group: FlatGroup, learning_rate: float) -> None:
         settings, whole = self.settings, slice(None)
@@ -175,9 +179,9 @@ class FlatAdamW:
             [group.second.tensors(whole)[""]],
             [],
             # The kernel counts this one up itself.
-            [torch.full_like(self._is_stopped, self.num_updates - 1)],
+            [torch.full_like(self._is_skipped, self.num_updates - 1)],
             fused=True,
-            found_inf=self._is_stopped,
+            found_inf=self._is_skipped,
             amsgrad=False,
             beta1=settings.beta1,
             beta2=settings.beta2,
@@ -188,7 +192,7 @@ class FlatAdamW:
         )
 
     def _step_in_parts(self, group: FlatGroup, learning_rate: float) -> None:
-        is_kept = self._is_stopped > 0
+        is_kept = self._is_skipped > 0
         most = part_size(is_kept.device)
         for start in range(0, group.layout.size, most):
             part = slice(start, min(start + most, group.layout.size))
@@ -212,7 +216,7 @@ class FlatAdamW:
         the model for many steps: pretrained weights lie on that grid. SmolLM2-135M, all weights,
         rate 2e-5, loss 4.24 before: after one update 3.11 in float32, 3.15 so, 4.13 to nearest.
         """
-        is_kept, most = self._is_stopped > 0, part_size(self._is_stopped.device)
+        is_kept, most = self._is_skipped > 0, part_size(self._is_skipped.device)
         for _, parameter, place in group.layout.parts:
             targets = parameter.detach().view(-1).split(most)
             for target_P, master_P in zip(targets, group.weights_F[place].split(most), strict=True):

@@ -1,0 +1,59 @@
+"""Running out of memory: the same samples again in smaller parts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import torch
+
+from tunesmith.data.loader import Loader
+from tunesmith.types import PackedBatch
+
+SMALLEST_TOKENS = 8
+"""A budget that small makes every sequence a micro-batch of its own."""
+
+_CPU_SAYS = re.compile(r"can't allocate memory|cannot allocate memory|DefaultCPUAllocator", re.I)
+_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
+
+
+class TooLargeError(Exception):
+    """A micro-batch for which memory did not suffice.
+
+    Args:
+        batch: the micro-batch.
+        said: what the allocator said.
+    """
+
+    def __init__(self, batch: PackedBatch, said: str) -> None:
+        super().__init__(said)
+        self.batch = batch
+        asked = _ASKED.search(said)
+        self.asked = asked[1] if asked else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is used up, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _CPU_SAYS.search(str(error)) is not None
+
+
+def smaller_budget(loader: Loader, step: int, failed_tokens: int) -> int | None:
+    """Half the tokens at once, or less, so that the step's largest micro-batch gets smaller.
+
+    Args:
+        loader: as it is now.
+        step: whose global batch did not fit.
+        failed_tokens: rows of the micro-batch that was too large.
+
+    Returns:
+        None if each sequence is alone already and one of them is as large as what failed.
+    """
+    budget = failed_tokens
+    while budget > SMALLEST_TOKENS:
+        budget //= 2
+        micro_batches = replace(loader, micro_batch_tokens=budget).batch(step).micro_batches
+        if max(batch.num_stored_tokens for batch in micro_batches) < failed_tokens:
+            return budget
+    return None

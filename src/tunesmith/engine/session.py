@@ -1,0 +1,69 @@
+"""What surrounds a run from its start to its end: event stream, signals, watchdog; its summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tunesmith.config.recipe import GuardConfig
+from tunesmith.engine.events import EventLog
+from tunesmith.engine.rundir import RunDirectory
+from tunesmith.engine.signals import StopSignal
+from tunesmith.engine.state import TrainState
+from tunesmith.engine.step import Run
+from tunesmith.engine.watchdog import Watchdog
+from tunesmith.types import Json, Listener
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one start of a run has around it."""
+
+    run_dir: RunDirectory
+    events: EventLog
+    stop: StopSignal
+    watchdog: Watchdog
+
+
+@contextmanager
+def open_session(
+    run_dir: RunDirectory, stop: StopSignal, guard: GuardConfig, listeners: Sequence[Listener] = ()
+) -> Generator[Session]:
+    """Opens the event stream and sets the watchdog, whose warnings go there."""
+    with EventLog(run_dir.events, listeners) as events:
+
+        def note(text: str) -> None:
+            events.emit("warning", watchdog.step, {"message": text})
+
+        watchdog = Watchdog(
+            run_dir.path,
+            warn_seconds=guard.hang_warn_seconds,
+            stop_seconds=guard.hang_stop_seconds,
+            note=note,
+        )
+        with watchdog:
+            yield Session(run_dir, events, stop, watchdog)
+
+
+def summarize(run: Run, state: TrainState, memory: dict[str, int]) -> dict[str, Json]:
+    """What a finished run measured."""
+    seconds = max(state.train_seconds, 1e-9)
+    return {
+        "train_loss": state.loss_sum / max(1, state.num_learned),
+        "eval_loss_before": state.first_loss,
+        "eval_loss": state.best_loss,
+        "best_step": state.best_step,
+        "steps": state.step,
+        "skipped_steps": state.num_skipped,
+        "rollbacks": state.num_rollbacks,
+        "epochs": round(state.step / run.loader.steps_per_epoch, 3),
+        "runtime_seconds": round(state.train_seconds, 2),
+        "samples_per_second": round(state.samples_seen / seconds, 3),
+        "tokens_per_second": round(state.tokens_seen / seconds, 1),
+        "tokens": state.tokens_seen,
+        "trained_parameters": sum(parameter.numel() for _, parameter in run.parameters),
+        **memory,
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
