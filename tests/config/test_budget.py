@@ -28,7 +28,7 @@ NEEDS = Needs(
     weight_bytes=16 * GIB,
     optimizer_bytes=GIB // 2,
     other_bytes=GIB // 2,
-    layers={"none": 94_000, "mlp": 37_000, "full": 8_192, "offload": 0},
+    layers={"none": 94_000, "mlp": 37_000, "attention": 16_512, "full": 8_192, "offload": 0},
     num_layers=32,
     rest=32_000,
     working=160_000,
@@ -76,6 +76,16 @@ def test_no_rung_is_deeper_than_it_must() -> None:
         fewer = plan.num_deepest - 1
         lighter = rung(plan.level, fewer, 32) if fewer else rung(plan.levels[-1], 32, 32)
         assert NEEDS.tokens_in(int(SAFE_SHARE * wish.memory_bytes), lighter) < 4096
+
+
+def test_attention_is_kept_before_all_is_made_again() -> None:
+    wish = replace(WISH, longest_tokens=16384)
+    plans = [
+        plan_memory(NEEDS, replace(wish, memory_bytes=n * GIB // 4)) for n in range(360, 0, -1)
+    ]
+    assert list(dict.fromkeys(plan.level for plan in plans)) == [*LEVELS]
+    plan = plan_memory(NEEDS, replace(WISH, checkpointing="attention", checkpointed_layers=5))
+    assert plan.levels == ("attention",) * 5 + ("mlp",) * 27
 
 
 def test_a_long_sample_is_taken_at_any_price() -> None:

@@ -3,10 +3,10 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import TINY_SIZES
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from tunesmith.config.recipe import FullConfig, LoraConfig
-from tunesmith.model import fast_path
+from tunesmith.model import fast_layer, fast_path
 from tunesmith.model.adapters import attach
 from tunesmith.model.fast_layer import FastLayer, UnsuitableError
 from tunesmith.model.fast_path import (
@@ -20,6 +20,7 @@ from tunesmith.model.fast_path import (
 )
 from tunesmith.model.layers import decoder_of
 from tunesmith.model.load import random_model
+from tunesmith.ops import products
 from tunesmith.types import Segments
 
 LORA = LoraConfig(rank=4, alpha=8.0)
@@ -49,7 +50,7 @@ def test_layers_equal_the_plain_path(config: type, method: Any) -> None:
     assert check_equality(model) < 1e-6
 
 
-@pytest.mark.parametrize("level", ["mlp", "full", "offload"])
+@pytest.mark.parametrize("level", ["mlp", "attention", "full", "offload"])
 def test_levels_compute_the_same(level: Any) -> None:
     model = make_model()
     install_layers(model)
@@ -73,15 +74,93 @@ def test_deeper_levels_keep_less() -> None:
     assert kept["none"] > kept["mlp"] > kept["full"]
 
 
-def run(model: Any) -> torch.Tensor:
-    ids = torch.arange(12) % 101
-    places = torch.cat([torch.arange(7), torch.arange(5)])
+def run(model: Any, segments: Segments | None = None) -> torch.Tensor:
+    segments = segments or Segments((7, 5))
+    ids = torch.arange(sum(segments.lengths)) % 101
+    places = [
+        torch.arange(first, first + length)
+        for first, length in zip(segments.offsets, segments.lengths, strict=True)
+    ]
     return decoder_of(model)(
         input_ids=ids[None],
-        position_ids=places[None],
+        position_ids=torch.cat(places)[None],
         use_cache=False,
-        segments=Segments((7, 5)),
+        segments=segments,
     ).last_hidden_state
+
+
+def run_at(level: Any, model: Any, segments: Segments) -> list[torch.Tensor]:
+    """Output and all gradients."""
+    set_levels(model, [level] * len(fast_layers(model)))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    out = run(model, Segments(segments.lengths, segments.parents))
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), trained)]
+
+
+@pytest.fixture
+def attention_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the attention kernels of the processor as they run."""
+    names: list[str] = []
+
+    def noting(name: str) -> Any:
+        kernel = getattr(products, name)
+        return lambda *args: (names.append(name), kernel(*args))[1]
+
+    for name in ("_flash", "_tiles"):
+        monkeypatch.setattr(products, name, noting(name))
+    return names
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("parents", [(), (-1, 0, 1, 0, -1)])
+def test_kept_attention_is_bit_for_bit_the_same_and_runs_once(
+    attention_runs: list[str], parents: tuple[int, ...], window: int | None, dtype: torch.dtype
+) -> None:
+    """Grouped queries, sliding windows, shared prefixes; both kernels."""
+    model = make_model(MistralConfig, num_key_value_heads=2, sliding_window=window).to(dtype)
+    install_layers(model)
+    segments = Segments((9, 5, 6, 3, 7), parents)
+    found = {level: run_at(level, model, segments) for level in ("none", "attention", "full")}
+    for level in ("attention", "full"):
+        assert all(map(torch.equal, found[level], found["none"]))
+    assert all(each.any() for each in found["none"][1:] if each.shape[0] != 4)
+    is_tiled = window is not None or (dtype == torch.bfloat16 and parents)
+    assert attention_runs == ["_tiles" if is_tiled else "_flash"] * 2 * (1 + 1 + 2)
+
+
+def test_kept_attention_of_long_segments_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch, attention_runs: list[str]
+) -> None:
+    """There flash's own backward needs its output and statistics."""
+    monkeypatch.setattr(products, "LONG", 8)
+    model = make_model().bfloat16()
+    install_layers(model)
+    segments = Segments((9, 12))
+    expected, found = (run_at(level, model, segments) for level in ("none", "attention"))
+    assert all(map(torch.equal, found, expected))
+    assert attention_runs == ["_flash"] * 2 * 2
+
+
+def test_kept_attention_survives_a_second_backward(attention_runs: list[str]) -> None:
+    model = make_model()
+    install_layers(model)
+    set_levels(model, ["attention"] * 2)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = run(model).square().sum()
+    first = torch.autograd.grad(loss, trained, retain_graph=True)
+    again = torch.autograd.grad(loss, trained)
+    assert all(map(torch.equal, first, again))
+    assert len(attention_runs) == 2 + 2
+
+
+def test_nothing_is_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_layer, "Kept", None)
+    model = make_model()
+    install_layers(model)
+    set_levels(model, ["attention"] * 2)
+    with torch.no_grad():
+        run(model)
 
 
 def test_the_whole_decoder_computes_the_same() -> None:

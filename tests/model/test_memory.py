@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import pytest
 import torch
 
 from conftest import make_tiny_config
-from tunesmith.config.budget import Needs
+from tunesmith.config.budget import Level, Needs
 from tunesmith.config.recipe import LoraConfig, Recipe
 from tunesmith.model.adapters import attach
 from tunesmith.model.fast_path import install_layers, set_levels
@@ -87,8 +88,10 @@ def test_live_bytes_are_those_of_living_tensors() -> None:
 
 
 @pytest.mark.parametrize("is_bf16", [True, False])
-@pytest.mark.parametrize("level", ["none", "mlp", "full"])
-def test_what_our_layers_keep(is_bf16: bool, level: Literal["none", "mlp", "full"]) -> None:
+@pytest.mark.parametrize("level", ["none", "mlp", "attention", "full"])
+def test_what_our_layers_keep(
+    is_bf16: bool, level: Literal["none", "mlp", "attention", "full"]
+) -> None:
     model, sizes = tiny(is_bf16=is_bf16)
     assert sizes.is_known
     set_levels(model, [level] * 4)
@@ -100,6 +103,39 @@ def test_what_our_layers_keep(is_bf16: bool, level: Literal["none", "mlp", "full
     # Elementwise chains in bfloat16 work in fp32, on tiles of rows; here one tile is everything.
     wide = 24 * SHAPE["intermediate_size"] if is_bf16 else 0
     assert peak <= 1.1 * (kept + needs.working + predicted["none"] + wide)
+
+
+def test_each_level_keeps_less() -> None:
+    model, sizes = tiny(is_bf16=False)
+    predicted, kept = kept_per_token(sizes, 4), list[float]()
+    levels: tuple[Level, ...] = ("none", "mlp", "attention", "full")
+    forward = forward_of(model, is_bf16=False)
+    measure_step(forward, 16, CPU)
+    for level in levels:
+        set_levels(model, [level] * 4)
+        kept.append(measure_step(forward, 128, CPU).kept / 128)
+    saved = [4 * (predicted[one] - predicted[other]) for one, other in pairwise(levels)]
+    # Logarithms are counted for heads of 64; here heads have 16.
+    assert [more - less for more, less in pairwise(kept)] == pytest.approx(saved, abs=4 * 12)
+    assert min(saved) > 1000
+
+
+def test_kept_attention_gets_free_as_the_backward_goes_on() -> None:
+    """At the peak one layer is whole and the layers before it keep two rows a token."""
+    model, sizes = tiny(is_bf16=False)
+    set_levels(model, ["attention"] * 4)
+    kept, peak = slope(model, is_bf16=False)
+    needs = estimate_needs(sizes, recipe(), is_bf16=False)
+    assert peak == pytest.approx(kept + needs.working_per_token(("attention",) * 4), rel=0.1)
+    kinds: list[tuple[int, int]] = []
+    for _ in range(2):
+        with LiveBytes() as live:
+            loss = forward_of(model, is_bf16=False)(64)
+            before = live.now
+            loss.backward()
+            del loss
+        kinds.append((before, live.now))
+    assert kinds[1][1] < kinds[1][0] / 10
 
 
 @pytest.mark.parametrize("is_bf16", [True, False])

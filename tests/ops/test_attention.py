@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.ops import attention, products, tiles
-from tunesmith.ops.attention import attend, attend_reference
+from tunesmith.ops.attention import attend, attend_packed, attend_reference
+from tunesmith.ops.kept import Kept
 from tunesmith.types import Segments
 
 MODULE = torch.nn.Identity()
@@ -224,6 +225,82 @@ def test_calls_of_varlen_attention(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+def slow_flash_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
+    max_q: int, max_k: int, dropout: float, is_causal: bool, wants_mask: bool, *, scale: float,
+    window_size_left: int, window_size_right: int,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    assert dropout == 0 and not wants_mask and is_causal == (window_size_left == -1)
+    out = slow_varlen(
+        q, k, v, cu_q, cu_k, max_q, max_k,
+        scale=scale, window_size=(window_size_left, window_size_right), enable_gqa=True,
+    )  # fmt: skip
+    return out, out.sum(-1).T, torch.zeros(2), torch.zeros(()), torch.zeros(0)
+
+
+def slow_flash_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+    logsum: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int,
+    dropout: float, is_causal: bool, random_state: torch.Tensor, unused: torch.Tensor, *,
+    scale: float, window_size_left: int, window_size_right: int,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        again, of_sums, *_ = slow_flash_forward(
+            *inputs, cu_q, cu_k, max_q, max_k, dropout, is_causal, False,
+            scale=scale, window_size_left=window_size_left, window_size_right=window_size_right,
+        )  # fmt: skip
+    assert torch.equal(out, again) and torch.equal(logsum, of_sums)
+    return torch.autograd.grad(again, inputs, grad)
+
+
+@pytest.mark.parametrize("most", [2**31, 150 * 32])
+@pytest.mark.parametrize("window", [None, 1, 8])
+@pytest.mark.parametrize("segments", [Segments((4, 3)), *TREES.values()])
+def test_kept_varlen_attention(
+    monkeypatch: pytest.MonkeyPatch, segments: Segments, window: int | None, most: int
+) -> None:
+    """The second pass runs no forward kernel; the first one's output has no history in `Kept`."""
+    runs: list[int] = []
+    monkeypatch.setattr(attention, "MOST_VARLEN_NUMBERS", most)
+    monkeypatch.setattr(attention, "_fits_varlen", lambda q, v: True)
+    forward, backward = "_flash_attention_forward", "_flash_attention_backward"
+    monkeypatch.setattr(
+        torch.ops.aten, forward, lambda *a, **k: (runs.append(1), slow_flash_forward(*a, **k))[1]
+    )
+    monkeypatch.setattr(torch.ops.aten, backward, slow_flash_backward)
+    segments, kept = Segments(segments.lengths, segments.parents), Kept()
+    qkv = [x[0].transpose(0, 1) for x in make_qkv(sum(segments.lengths))]
+    kwargs = {"segments": segments, "scaling": 0.3, "window": window, "kept": kept}
+    found = [attend_packed(*qkv, **kwargs) for _ in range(2)]
+    assert len(runs) == len(attention.varlen_calls(segments, 32, qkv[0].device))
+    assert torch.equal(*found)
+    inputs = [x.transpose(0, 1)[None] for x in qkv]
+    expected = attend_reference(*inputs, segments, 0.3, window)[0]
+    true = torch.autograd.grad(expected.square().sum(), qkv)
+    for out in found:
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+        for ours, theirs in zip(torch.autograd.grad(out.square().sum(), qkv), true, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("parents", [(), (-1, 0, 0, -1)])
+def test_kept_varlen_attention_calls_torch_rightly(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, parents: tuple[int, ...]
+) -> None:
+    """Against the signatures and shapes of torch's operations, without data."""
+    monkeypatch.setattr(attention, "_fits_varlen", lambda q, v: True)
+    monkeypatch.setattr(attention, "_working_dtype", lambda v: v.dtype)  # meta has no autocast
+    shapes = [(18, 4, 64), (18, 2, 64), (18, 2, 64)]
+    with torch.device("meta"):
+        qkv = [torch.empty(x, dtype=torch.bfloat16, requires_grad=True) for x in shapes]
+    segments = Segments((9, 4, 4, 1), parents)
+    out = attend_packed(*qkv, segments, scaling=0.1, window=window, kept=Kept())
+    grads = torch.autograd.grad(out, qkv, torch.empty_like(out))
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in qkv]
+
+
 @pytest.mark.parametrize("window", [1, 3, 100])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_window_and_softcap_equal_a_naive_loop(window: int, softcap: float | None) -> None:
@@ -301,3 +378,25 @@ def test_varlen_equals_the_cpu_path(window: int | None, parents: tuple[int, ...]
     expected, _ = attend(MODULE, *(x.double() for x in qkv), None, **kwargs)
     out, _ = attend(MODULE, *(x.cuda() for x in qkv), None, **kwargs)
     torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("parents", [(), (-1, 0, 0, -1)])
+def test_kept_varlen_equals_varlen(window: int | None, parents: tuple[int, ...]) -> None:
+    """Outputs bit for bit; flash adds up the gradient of queries in any order."""
+    segments, kept = Segments((90, 40, 40, 10), parents), Kept()
+    torch.manual_seed(0)
+    shapes = [(180, 4, 64), (180, 2, 64), (180, 2, 64)]
+    qkv = [torch.randn(x, device="cuda").bfloat16().requires_grad_() for x in shapes]
+    outs = [
+        attend_packed(*qkv, segments, scaling=0.125, window=window, kept=each)
+        for each in (None, kept, kept)
+    ]
+    seed = torch.randn_like(outs[0])
+    expected, *found = ([out, *torch.autograd.grad(out, qkv, seed)] for out in outs)
+    for each in found:
+        assert torch.equal(each[0], expected[0])
+        for ours, theirs in zip(each[1:], expected[1:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)

@@ -7,7 +7,8 @@ With packing there is no padding, so the peak of a step is linear in its tokens 
 What layers keep depends on what their backward makes again (`Level`). The levels form a ladder,
 and a rung of it is "the first m layers at one level, the others one level lighter", so that memory
 falls in small steps. A LoRA step has 4 operations a weight and token. Gate and up made again add 54
-% of a forward's products in an 8B model, 27 % of a step; a whole layer made again 37 to 50 %.
+% of a forward's products in an 8B model, 27 % of a step; a whole layer made again 37 to 50 %, less
+where attention's output is kept, which counts in long sequences.
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Level = Literal["none", "mlp", "full", "offload"]
-"""What a layer's backward makes again: nothing but norms, gate and up too, all, all from a copy in
-the host's memory."""
+Level = Literal["none", "mlp", "attention", "full", "offload"]
+"""What a layer's backward makes again: nothing but norms, gate and up too, all but attention, all,
+all from a copy in the host's memory."""
 
-LEVELS: tuple[Level, ...] = ("none", "mlp", "full", "offload")
+LEVELS: tuple[Level, ...] = ("none", "mlp", "attention", "full", "offload")
 
-EXTRA_TIME: Mapping[Level, float] = {"none": 0.0, "mlp": 0.27, "full": 0.45, "offload": 0.47}
+EXTRA_TIME: Mapping[Level, float] = {
+    "none": 0.0,
+    "mlp": 0.27,
+    "attention": 0.37,
+    "full": 0.45,
+    "offload": 0.47,
+}
 """Share of a LoRA step's time that a level adds if all layers are at it."""
 
 SAFE_SHARE = 0.9

@@ -18,11 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.model.quantize import dense_weight
 from tunesmith.ops.attention import attend_packed
 from tunesmith.ops.blocks import gated_mlp, norm, norm_project, rotate_both
+from tunesmith.ops.kept import Kept
 from tunesmith.ops.lora import Projection, project, project_add
 
-Level = Literal["none", "mlp", "full", "offload"]
+Level = Literal["none", "mlp", "attention", "full", "offload"]
 """What the backward of a layer makes again: norms and the SwiGLU product alone; gate and up, too;
-everything from the layer's input; the same, with that input kept in the host's memory."""
+all from the layer's input but attention itself, whose output is kept; all; the same, with the
+layer's input kept in the host's memory."""
 
 
 class UnsuitableError(Exception):
@@ -58,13 +60,19 @@ class FastLayer:
         inputs = (x_TH, kwargs["position_embeddings"], kwargs["segments"])
         if self.level in ("none", "mlp") or not torch.is_grad_enabled():
             return self.forward(*inputs)[None]
+        if self.level == "attention":
+            return self._checkpointed(*inputs, Kept())[None]
         if self.level == "full":
             return self._checkpointed(*inputs)[None]
         with torch.autograd.graph.save_on_cpu(pin_memory=hidden_states.is_cuda):
             return self._checkpointed(*inputs)[None]
 
     def forward(
-        self, x_TH: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], segments: Any
+        self,
+        x_TH: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        segments: Any,
+        kept: Kept | None = None,
     ) -> torch.Tensor:
         """Attention and MLP with their residual sums, on rows without a batch dimension."""
         layer, attention = self.layer, self.layer.self_attn
@@ -77,7 +85,7 @@ class FastLayer:
         query, key = rotate_both(query, key, angles[0][0], angles[1][0])
         window = sliding_window(attention)
         mixed_TND = attend_packed(
-            query, key, value, segments, scaling=attention.scaling, window=window
+            query, key, value, segments, scaling=attention.scaling, window=window, kept=kept
         )
         x_TH = project_add(x_TH, mixed_TND.flatten(1), output)
         keeps_inner = self.level != "mlp"

@@ -158,7 +158,9 @@ def kept_per_token(sizes: Sizes, width: int) -> Mapping[Level, float]:
     """Bytes that one decoder layer keeps of a token for its backward, by level.
 
     Our own layers keep their two inputs, q, k and v, the attention's output with its logarithms,
-    gate and up, and a few numbers for norms and adapters. Transformers' own keep more: counted with
+    gate and up, and a few numbers for norms and adapters; at `attention` one input and attention's
+    output with its logarithms (which the processor's short segments in bfloat16 do without), at
+    `full` the input alone. Transformers' own keep more: counted with
     saved_tensors_hooks on Llama layers (H=576, F=1536) 42.7 KB a token in fp32 with LoRA, 46.9 KB
     without, 27.4 and 25.8 KB in bfloat16, whose norms keep fp32 besides.
     """
@@ -173,6 +175,7 @@ def kept_per_token(sizes: Sizes, width: int) -> Mapping[Level, float]:
     return {
         "none": without_inner + 2 * inner * width,
         "mlp": without_inner,
+        "attention": (hidden + sizes.query_size) * width + logs,
         "full": hidden * width,
         "offload": 0.0,
     }

@@ -14,7 +14,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.autograd.function import once_differentiable
 
+from tunesmith.ops.kept import Kept
 from tunesmith.ops.products import attend_by_products
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def attend_packed(
     *,
     scaling: float,
     window: int | None = None,
+    kept: Kept | None = None,
 ) -> torch.Tensor:
     """Causal attention of each token to its own segment and to the segment's ancestors.
 
@@ -78,6 +81,8 @@ def attend_packed(
         segments: the segment table of the T tokens.
         scaling: factor on the scores.
         window: tokens that a token sees at most, itself included.
+        kept: of the checkpointed part that this runs in: its second pass takes the output and what
+            the backward needs besides from the first one. All kernels can do so.
 
     Returns:
         the output, contiguous, `[T, H, D of the values]`.
@@ -88,8 +93,8 @@ def attend_packed(
     dtype = _working_dtype(value_TKD)
     q, k, v = (x.to(dtype) for x in (query_THD, key_TKD, value_TKD))
     if _fits_varlen(q, v):
-        return _attend_varlen(q, k, v, segments, scaling, window)
-    return attend_by_products(q, k, v, segments, scaling=scaling, window=window)
+        return _attend_varlen(q, k, v, segments, scaling=scaling, window=window, kept=kept)
+    return attend_by_products(q, k, v, segments, scaling=scaling, window=window, kept=kept)
 
 
 def attend_reference(
@@ -148,35 +153,109 @@ def _attend_varlen(
     k_TKD: torch.Tensor,
     v_TKD: torch.Tensor,
     segments: Segments,
+    *,
+    scaling: float,
+    window: int | None,
+    kept: Kept | None,
+) -> torch.Tensor:
+    pieces: list[torch.Tensor] = []
+    calls = varlen_calls(segments, q_THD.shape[1] * q_THD.shape[2], q_THD.device)
+    for number, call in enumerate(calls):
+        begin, end = call.rows
+        q = q_THD[begin:end]
+        k, v = (
+            x[begin:end] if call.keys is None else x.index_select(0, call.keys)
+            for x in (k_TKD, v_TKD)
+        )
+        if kept is None:
+            pieces.append(_varlen(q, k, v, call, scaling, window))
+        else:
+            args = (q, k, v, call, scaling, window, kept, number)
+            pieces.append(cast("torch.Tensor", KeptVarlen.apply(*args)))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    call: VarlenCall,
     scaling: float,
     window: int | None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    pieces: list[torch.Tensor] = []
-    for call in varlen_calls(segments, q_THD.shape[1] * q_THD.shape[2], q_THD.device):
-        begin, end = call.rows
-        k, v = (
-            x[begin:end] if call.keys is None else x.index_select(0, call.keys)
-            for x in (k_TKD, v_TKD)
-        )
-        out = varlen_attn(
-            q_THD[begin:end],
-            k,
-            v,
-            call.cumulative_rows,
-            call.cumulative_keys,
-            call.longest_rows,
-            call.longest_keys,
-            scale=scaling,
-            # (w, 0): w tokens back and none ahead of the last key; -1 is all of them.
-            window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=q_THD.shape[1] != k_TKD.shape[1],
-        )
-        if not isinstance(out, torch.Tensor):
-            raise TypeError("varlen_attn returned auxiliary output that was not asked for")
-        pieces.append(out)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        call.cumulative_rows,
+        call.cumulative_keys,
+        call.longest_rows,
+        call.longest_keys,
+        scale=scaling,
+        # (w, 0): w tokens back and none ahead of the last key; -1 is all of them.
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    if not isinstance(out, torch.Tensor):
+        raise TypeError("varlen_attn returned auxiliary output that was not asked for")
+    return out
+
+
+class KeptVarlen(torch.autograd.Function):
+    """`varlen_attn` whose second pass takes what the first one found.
+
+    The kernels are those that `varlen_attn` calls; it has no way in for a known output.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_LHD: torch.Tensor,
+        k_SKD: torch.Tensor,
+        v_SKD: torch.Tensor,
+        call: VarlenCall,
+        scaling: float,
+        window: int | None,
+        kept: Kept,
+        number: int,
+    ) -> torch.Tensor:
+        """Output `[L, H, D]` of the call's rows."""
+        options = _flash_options(scaling, window)
+
+        def compute() -> tuple[torch.Tensor, ...]:
+            found = torch.ops.aten._flash_attention_forward(
+                q_LHD, k_SKD, v_SKD, *_flash_table(call), 0.0, window is None, False, **options
+            )
+            return found[:4]  # output, logarithms of sums, and the state of random numbers, in two
+
+        found = kept.once(number, compute)
+        ctx.save_for_backward(q_LHD, k_SKD, v_SKD, *found)
+        ctx.call, ctx.options, ctx.is_causal = call, options, window is None
+        return found[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of queries, keys and values."""
+        *known, random_state, unused = ctx.saved_tensors
+        found = torch.ops.aten._flash_attention_backward(
+            grads[0], *known, *_flash_table(ctx.call), 0.0, ctx.is_causal, random_state, unused,
+            **ctx.options,
+        )  # fmt: skip
+        return *found, None, None, None, None, None
+
+
+def _flash_table(call: VarlenCall) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    return call.cumulative_rows, call.cumulative_keys, call.longest_rows, call.longest_keys
+
+
+def _flash_options(scaling: float, window: int | None) -> dict[str, Any]:
+    left = -1 if window is None else window - 1
+    return {"scale": scaling, "window_size_left": left, "window_size_right": 0}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
+from tunesmith.ops.kept import Kept, Results, compute_once
 from tunesmith.ops.tiles import BLOCK, STEP, Stack, TileTable, tile_table
 from tunesmith.types import Segments
 
@@ -49,6 +50,7 @@ def attend_by_products(
     *,
     scaling: float,
     window: int | None,
+    kept: Kept | None = None,
 ) -> torch.Tensor:
     """`attend_packed` on devices without varlen kernels."""
     is_equal = q_THD.shape[2] == v_TKD.shape[2]
@@ -57,7 +59,7 @@ def attend_by_products(
     is_plain = not segments.parents or q_THD.dtype not in HALF
     takes_flash = has_flash and window is None and is_plain
     function = FlashAttention if takes_flash else TileAttention
-    out: torch.Tensor = function.apply(q_THD, k_TKD, v_TKD, segments, scaling, window)
+    out: torch.Tensor = function.apply(q_THD, k_TKD, v_TKD, segments, scaling, window, kept)
     return out
 
 
@@ -76,30 +78,19 @@ class FlashAttention(torch.autograd.Function):
         segments: Segments,
         scaling: float,
         window: None,
+        kept: Kept | None = None,
     ) -> torch.Tensor:
         """Output `[T, H, D]`."""
-        out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-        dtype = torch.float32 if q_THD.dtype in HALF else q_THD.dtype
-        logsum_TH1 = q_THD.new_empty(*q_THD.shape[:2], 1, dtype=dtype)
-        for part in _parts(segments):
-            found, logsum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                _as_heads(q_THD, part.rows),
-                *(_as_heads(x, part.keys) for x in (k_TKD, v_TKD)),
-                0.0,
-                part.is_own,
-                scale=scaling,
-            )
-            out, total = (_as_heads(x, part.rows) for x in (out_THD, logsum_TH1))
-            if part.is_own:
-                out.copy_(found)
-                total.copy_(logsum[..., None])
-            else:
-                _add_to(out, total, found, logsum[..., None])
         is_by_tiles = q_THD.dtype in HALF and not _is_long(segments)
-        kept = () if is_by_tiles else (out_THD, logsum_TH1)
-        ctx.save_for_backward(q_THD, k_TKD, v_TKD, *kept)
+
+        def compute() -> Results:
+            found = _flash(q_THD, k_TKD, v_TKD, segments, scaling)
+            return found[:1] if is_by_tiles else found
+
+        found = compute_once(kept, 0, compute)
+        ctx.save_for_backward(q_THD, k_TKD, v_TKD, *(() if is_by_tiles else found))
         ctx.segments, ctx.scaling, ctx.is_by_tiles = segments, scaling, is_by_tiles
-        return out_THD
+        return found[0]
 
     @staticmethod
     @once_differentiable
@@ -111,7 +102,7 @@ class FlashAttention(torch.autograd.Function):
         if ctx.is_by_tiles:
             table = _table(ctx.segments, q_THD, k_TKD)
             found = _tile_gradients(grads[0], q_THD, k_TKD, v_TKD, table, ctx.scaling)
-            return *found, None, None, None
+            return *found, None, None, None, None
         out_THD, logsum_TH1 = kept
         found = tuple(torch.empty_like(x) for x in (q_THD, k_TKD, v_TKD))
         for part in _parts(ctx.segments):
@@ -127,7 +118,35 @@ class FlashAttention(torch.autograd.Function):
             ):
                 target = _as_heads(whole, runs)
                 target.copy_(one) if part.is_own else target.add_(one)
-        return *found, None, None, None
+        return *found, None, None, None, None
+
+
+def _flash(
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    segments: Segments,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and logarithms of the sums of exponentials, `[T, H, D]` and `[T, H, 1]`."""
+    out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+    dtype = torch.float32 if q_THD.dtype in HALF else q_THD.dtype
+    logsum_TH1 = q_THD.new_empty(*q_THD.shape[:2], 1, dtype=dtype)
+    for part in _parts(segments):
+        found, logsum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _as_heads(q_THD, part.rows),
+            *(_as_heads(x, part.keys) for x in (k_TKD, v_TKD)),
+            0.0,
+            part.is_own,
+            scale=scaling,
+        )
+        out, total = (_as_heads(x, part.rows) for x in (out_THD, logsum_TH1))
+        if part.is_own:
+            out.copy_(found)
+            total.copy_(logsum[..., None])
+        else:
+            _add_to(out, total, found, logsum[..., None])
+    return out_THD, logsum_TH1
 
 
 @dataclass(frozen=True)
@@ -196,23 +215,14 @@ class TileAttention(torch.autograd.Function):
         segments: Segments,
         scaling: float,
         window: int | None,
+        kept: Kept | None = None,
     ) -> torch.Tensor:
         """Output `[T, H, D of the values]`."""
         table = _table(segments, q_THD, k_TKD, window)
         ctx.save_for_backward(q_THD, k_TKD, v_TKD)
         ctx.table, ctx.scaling = table, scaling
-        q_RD, k_RD, v_RD = table.rows_of(q_THD), table.keys_of(k_TKD), table.keys_of(v_TKD)
-        out_RD = q_RD.new_empty(len(q_RD), v_RD.shape[1])
-        parts = zip(
-            _masks(table, q_RD),
-            *(table.split_queries(x) for x in (q_RD, out_RD)),
-            *(table.split_keys(x) for x in (k_RD, v_RD)),
-            strict=True,
-        )
-        with torch.autocast(q_RD.device.type, enabled=False):
-            for mask, q, out, k, v in parts:
-                torch.bmm(_probabilities(mask, q, k, scaling), v, out=out)
-        return out_RD.index_select(0, table.query_places).view(*q_THD.shape[:2], -1)
+        (out_THD,) = compute_once(kept, 0, lambda: (_tiles(q_THD, k_TKD, v_TKD, table, scaling),))
+        return out_THD
 
     @staticmethod
     @once_differentiable
@@ -222,13 +232,34 @@ class TileAttention(torch.autograd.Function):
         """Gradients of queries, keys and values."""
         q_THD, k_TKD, v_TKD = ctx.saved_tensors
         found = _tile_gradients(grads[0], q_THD, k_TKD, v_TKD, ctx.table, ctx.scaling)
-        return *found, None, None, None
+        return *found, None, None, None, None
 
 
 def _table(
     segments: Segments, q_THD: torch.Tensor, k_TKD: torch.Tensor, window: int | None = None
 ) -> TileTable:
     return tile_table(segments, window, (q_THD.shape[1], k_TKD.shape[1]), q_THD.device)
+
+
+def _tiles(
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    table: TileTable,
+    scaling: float,
+) -> torch.Tensor:
+    q_RD, k_RD, v_RD = table.rows_of(q_THD), table.keys_of(k_TKD), table.keys_of(v_TKD)
+    out_RD = q_RD.new_empty(len(q_RD), v_RD.shape[1])
+    parts = zip(
+        _masks(table, q_RD),
+        *(table.split_queries(x) for x in (q_RD, out_RD)),
+        *(table.split_keys(x) for x in (k_RD, v_RD)),
+        strict=True,
+    )
+    with torch.autocast(q_RD.device.type, enabled=False):
+        for mask, q, out, k, v in parts:
+            torch.bmm(_probabilities(mask, q, k, scaling), v, out=out)
+    return out_RD.index_select(0, table.query_places).view(*q_THD.shape[:2], -1)
 
 
 def _tile_gradients(
