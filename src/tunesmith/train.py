@@ -83,6 +83,7 @@ def build(job: Job, session: Session, reporter: Reporter) -> tuple[Run, Job, tup
     """
     recipe, device = job.resolved.recipe, job.device.torch_device
     prepare_machine(job.device)
+    session.watchdog.beat("load", 0)
     fault("model.load")
     with reporter.waiting(f"Loading {job.source.label}"):
         built = build_model(

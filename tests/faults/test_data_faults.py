@@ -60,7 +60,8 @@ def refusal(path: Path) -> DataError:
     return caught.value
 
 
-def test_row_47_malformed_json(write: Callable[..., Path]) -> None:
+def test_row_47_malformed_json_names_its_line(write: Callable[..., Path]) -> None:
+    """Broken JSON in line 3 and 30 more: line and byte of the first 20, all of them counted."""
     broken = '{"messages": [}\n'
     error = refusal(write(lines(GOOD, GOOD, broken, GOOD, *[broken] * 30)))
     assert error.problems[0].where.endswith("data.jsonl:3")
@@ -70,6 +71,7 @@ def test_row_47_malformed_json(write: Callable[..., Path]) -> None:
 
 
 def test_row_48_wrong_type_in_one_row(write: Callable[..., Path]) -> None:
+    """An object for a text in line 900: its line and field, what was found, what was expected."""
     bad = {"messages": [GOOD["messages"][0], {"role": "assistant", "content": {"x": 1}}]}
     error = refusal(write(lines(*[GOOD] * 899, bad, GOOD)))
     assert error.problems == [
@@ -83,6 +85,7 @@ def test_row_48_wrong_type_in_one_row(write: Callable[..., Path]) -> None:
 
 
 def test_row_49_roles_empty_answers_unknown_tools(write: Callable[..., Path]) -> None:
+    """Roles out of order, an empty answer, an unknown tool: counted by code, refused by default."""
     user, answer = GOOD["messages"]
     call = {"function": {"name": "sing", "arguments": "{}"}}
     tools = [{"type": "function", "function": {"name": "dance", "parameters": {}}}]
@@ -104,6 +107,7 @@ def test_row_49_roles_empty_answers_unknown_tools(write: Callable[..., Path]) ->
 
 
 def test_row_50_prompt_longer_than_the_limit(write: Callable[..., Path]) -> None:
+    """A prompt that leaves no room for the answer: named with its row, nothing trained on it."""
     long = {"messages": [{"role": "user", "content": "q" * 200}, GOOD["messages"][1]]}
     report = report_of(write(lines(long, GOOD)), max_length=100)
     (problem,) = report.findings.first["data.overlong"]
@@ -123,6 +127,7 @@ def test_row_50_prompt_longer_than_the_limit(write: Callable[..., Path]) -> None
 def test_row_51_marks_and_line_ends(
     encode: Callable[[str], bytes], write: Callable[..., Path]
 ) -> None:
+    """A byte order mark, CRLF, UTF-16: read like any other file."""
     path = write(encode(lines(GOOD, {"prompt": "问", "completion": "答"})))
     samples = list(read_samples(SourceConfig(path="d"), [path]))
     assert isinstance(samples[0], Conversation)
@@ -130,6 +135,7 @@ def test_row_51_marks_and_line_ends(
 
 
 def test_row_51_invalid_bytes(write: Callable[..., Path]) -> None:
+    """A byte that is no UTF-8: named with its line, the rows before it are read."""
     path = write(lines(GOOD).encode() + b'{"prompt": "\xff", "completion": "a"}\n')
     first, second = read_samples(SourceConfig(path="d"), [path])
     assert isinstance(first, Conversation)
@@ -139,6 +145,7 @@ def test_row_51_invalid_bytes(write: Callable[..., Path]) -> None:
 
 
 def test_row_51_gbk_is_recognized(write: Callable[..., Path]) -> None:
+    """A file in GBK: refused with the setting that reads it."""
     path = write('{"prompt": "你好吗", "completion": "我很好，谢谢你"}\n'.encode("gbk"))
     (problem,) = read_samples(SourceConfig(path="d"), [path])
     assert isinstance(problem, Problem)
@@ -148,6 +155,7 @@ def test_row_51_gbk_is_recognized(write: Callable[..., Path]) -> None:
 
 
 def test_row_51_a_line_of_a_hundred_megabytes(write: Callable[..., Path]) -> None:
+    """A line of 100 MB: read, or named, never the end of the process."""
     huge = b'{"prompt": "' + b"x" * 100_000_000 + b'", "completion": "a"}\n'
     path = write(lines(GOOD).encode() + huge + lines(GOOD).encode())
     first, second, *rest = read_samples(SourceConfig(path="d"), [path])
@@ -159,6 +167,7 @@ def test_row_51_a_line_of_a_hundred_megabytes(write: Callable[..., Path]) -> Non
 
 
 def test_row_52_training_rows_found_in_validation(write: Callable[..., Path]) -> None:
+    """A training row that validation has, too: counted, with both places."""
     other = {"prompt": "something else", "completion": "entirely different"}
     train = write(lines(GOOD, other, GOOD), "train.jsonl")
     validation = write(lines(GOOD), "validation.jsonl")
@@ -168,8 +177,8 @@ def test_row_52_training_rows_found_in_validation(write: Callable[..., Path]) ->
     assert (leak.where, leak.found) == (f"{train}:1", f"the same as {validation}:1")
 
 
-def test_chinese_files_in_a_c_locale(write: Callable[..., Path]) -> None:
-    """A system without UTF-8 as its own encoding reads and writes the same."""
+def test_row_51_chinese_files_in_a_c_locale(write: Callable[..., Path]) -> None:
+    """A system whose own encoding is not UTF-8: reads the same."""
     path = write(lines({"prompt": "你好", "completion": "您好"}))
     script = (
         "from pathlib import Path\n"
@@ -183,7 +192,8 @@ def test_chinese_files_in_a_c_locale(write: Callable[..., Path]) -> None:
 
 
 @pytest.mark.slow
-def test_check_exits_with_2_on_errors_only(write: Callable[..., Path]) -> None:
+def test_row_48_check_exits_with_2_on_errors_only(write: Callable[..., Path]) -> None:
+    """A wrong type in one row: `tunesmith check` says where and exits with 2, else with 0."""
     from tunesmith.cli.main import app
 
     good = write(lines(GOOD), "good.jsonl")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
-import traceback
+import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tunesmith import __version__
 from tunesmith.errors import Interrupted, TunesmithError
+from tunesmith.io.cache import cache_folder
+from tunesmith.io.redact import redact, redacted_traceback
 
 app = typer.Typer(
     name="tunesmith",
@@ -39,8 +45,25 @@ def train(
         bool,
         typer.Option("--allow-changes", help="Go on even if recipe or data have changed."),
     ] = False,
+    auto_restart: Annotated[
+        int,
+        typer.Option(
+            "--auto-restart",
+            min=0,
+            metavar="N",
+            help="Start again after a crash while it gets further, at most N times.",
+        ),
+    ] = 0,
 ) -> None:
     """Fine-tune a model by a recipe; run again, it goes on where it stopped."""
+    from tunesmith.cli.supervise import end_with_supervisor, own_arguments, run_supervised
+
+    if auto_restart:
+        from tunesmith.config.load import load_recipe
+
+        output = Path(load_recipe(recipe, overrides or []).recipe.output)
+        raise typer.Exit(run_supervised(own_arguments(sys.argv[1:]), output, restarts=auto_restart))
+    end_with_supervisor()
     from tunesmith.cli.train import run_train
 
     run_train(recipe, overrides or [], restart=restart, allow_changes=allow_changes)
@@ -161,13 +184,28 @@ def main() -> None:
     try:
         app()
     except Interrupted as stop:
-        typer.echo(f"\n{stop}", err=True)
+        typer.echo(redact(f"\n{stop}"), err=True)
         sys.exit(128 + stop.signal_number)
     except TunesmithError as error:
         if is_debug:
-            traceback.print_exc()
-        typer.echo(str(error), err=True)
+            typer.echo(redacted_traceback(error), err=True)
+        typer.echo(redact(str(error)), err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("\nstopped; nothing of a run is lost", err=True)
         sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - the command line is where all errors end
+        typer.echo(_tell_crash(error, is_debug=is_debug), err=True)
+        sys.exit(1)
+
+
+def _tell_crash(error: Exception, *, is_debug: bool) -> str:
+    """What is said of an error that nobody foresaw; its traceback is kept in a file."""
+    text = redacted_traceback(error)
+    where = "run again with --debug to see where"
+    with suppress(OSError):
+        file = cache_folder("crashes") / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+        file.write_text(f"{redact(shlex.join(sys.argv))}\n\n{text}", encoding="utf-8")
+        where = f"where: {file}"
+    said = redact(f"{type(error).__name__}: {error}")
+    return f"{text if is_debug else ''}\ninternal error: {said}\n  {where}; please report it"

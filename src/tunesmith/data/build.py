@@ -28,6 +28,7 @@ from tunesmith.io.atomic import atomic_directory, write_atomic
 from tunesmith.io.fault import fault
 from tunesmith.io.lock import directory_lock
 from tunesmith.io.manifest import find_damage, write_manifest
+from tunesmith.io.redact import redact_tree
 from tunesmith.types import Origin, Reporter, Sample
 
 SHARD_SAMPLES = 50_000
@@ -220,7 +221,7 @@ def _build(inputs: StoreInputs, workplace: Path, folder: Path, reporter: Reporte
             "fingerprints": inputs.fingerprints,
             "prompt_weight": inputs.prompt_weight,
         }
-        write_atomic(temporary / "meta.json", json.dumps(meta, ensure_ascii=False))
+        write_atomic(temporary / "meta.json", json.dumps(redact_tree(meta), ensure_ascii=False))
         write_manifest(temporary)
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from tunesmith.engine.state import TrainState
 from tunesmith.errors import CheckpointError, DiskError
-from tunesmith.io.atomic import atomic_directory, require_space, sweep_temporaries
+from tunesmith.io.atomic import atomic_directory, format_bytes, require_space, sweep_temporaries
 from tunesmith.io.fault import fault
 from tunesmith.io.manifest import MANIFEST, find_damage, write_manifest
 
@@ -116,9 +116,20 @@ class Checkpoints:
         target = self.folder / f"step-{state.step:08d}"
         writer = self.weights.writer(copies=copies)
         save = Save(target, state.copy(), is_scheduled, writer, optimizer)
-        self._under_way = (save, self._pool.submit(save.write))
+        self._under_way = (save, self._start(save))
         if not copies:
             self._under_way[1].exception()  # the tensors are the live ones: training must wait
+
+    def _start(self, save: Save) -> Future[Path]:
+        try:
+            return self._pool.submit(save.write)
+        except RuntimeError:  # no memory for a thread
+            done: Future[Path] = Future()
+            try:
+                done.set_result(save.write())
+            except DiskError as error:
+                done.set_exception(error)
+            return done
 
     def collect(self, warn: Warn, *, wait: bool) -> Path | None:
         """The checkpoint that was begun, once it is written; None if none is, or it goes on.
@@ -150,7 +161,7 @@ class Checkpoints:
                 error.code,
                 str(save.target),
                 found=f"{error.found}, twice; the checkpoints before it are whole",
-                expected=f"room for {num_bytes / 2**20:,.1f} MiB",
+                expected=f"room for {format_bytes(num_bytes)}",
                 try_="free some space and run the same command again",
             ) from error
 
@@ -183,7 +194,8 @@ class Checkpoints:
         if not self.folder.is_dir():
             return None
         sweep_temporaries(self.folder)
-        damages: list[str] = []
+        # What an earlier start set aside counts, too: else the next one would begin from zero.
+        damages = [f"{path.name}" for path in sorted(self.folder.glob("step-*.corrupt"))]
         for path in reversed(self.paths()):
             fault("load.read", path / OPTIMIZER)
             damage = find_damage(path)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tunesmith.io.atomic import disk_error
 from tunesmith.io.fault import fault
+from tunesmith.io.redact import redact_tree
 from tunesmith.types import Event, EventKind, Json, Listener
 
 
@@ -42,7 +43,7 @@ class EventLog:
         Raises:
             DiskError: it cannot be written (`disk.write`).
         """
-        event = Event(kind, step, time.time(), data or {})
+        event = Event(kind, step, time.time(), redact_tree(data or {}))
         line: dict[str, Json] = {"event": kind, "step": step, "time": round(event.time, 3)}
         try:
             fault("log.emit", step=step)

@@ -33,6 +33,9 @@ from tunesmith.engine.step import Run, evaluate_loss, update
 from tunesmith.errors import Interrupted, NumbersError, OutOfMemoryError, RunError, TunesmithError
 from tunesmith.types import GlobalBatch, Json
 
+MOST_EXCLUDED = 0.5
+"""Share of the samples: if more are bad, it is not the samples."""
+
 MOST_PLACES = 8
 """Samples that a message names."""
 
@@ -172,6 +175,7 @@ def _between_steps(run: Run, progress: Progress) -> bool:
         _record(run, state, numbers.drain())
         # What is about to be rolled back is not worth keeping.
         if not must_roll_back(state, run.recipe.guard):
+            is_scheduled = is_scheduled and not state.bad_steps
             _save(run, progress, is_scheduled=is_scheduled, wait=is_stopping)
     is_unmeasured = _evaluation_is_due(run, state, is_last=is_last)
     # Not saved: the signal came a moment ago; the next time around it is.
@@ -269,7 +273,8 @@ def _roll_back(run: Run, progress: Progress) -> None:
     state = progress.state
     guard, bad = run.recipe.guard, [sample for step in state.bad_steps for sample in step]
     places = ", ".join(_places(run, bad))
-    if state.num_rollbacks >= guard.rollbacks:
+    is_hopeless = len({*bad, *state.excluded}) > MOST_EXCLUDED * len(run.loader.samples)
+    if state.num_rollbacks >= guard.rollbacks or is_hopeless:
         raise NumbersError(
             "numbers.bad-steps",
             f"step {state.step}",
@@ -362,7 +367,9 @@ def _stops_early(run: Run, state: TrainState) -> bool:
 
 
 def _save_is_scheduled(run: Run, state: TrainState) -> bool:
-    return state.step > 0 and state.step % number(run.recipe.checkpoint.every_steps) == 0
+    # Not among bad steps: a rollback must find what was there before them.
+    every = number(run.recipe.checkpoint.every_steps)
+    return state.step > 0 and state.step % every == 0 and not state.bad_steps
 
 
 def _save_is_asked(run: Run, state: TrainState) -> bool:
@@ -373,11 +380,11 @@ def _save_is_asked(run: Run, state: TrainState) -> bool:
 def _save(run: Run, progress: Progress, *, is_scheduled: bool, wait: bool) -> None:
     """Begins a checkpoint of this step; one that is under way is waited for."""
     state = progress.state
-    run.watchdog.beat("save", state.step)
-    _collect(run, state, wait=True)
-    run.checkpoints.begin(state, run.optimizer.tensors(), is_scheduled=is_scheduled)
-    progress.saved_step = state.step
-    _collect(run, state, wait=wait)
+    with run.watchdog.during("save", state.step):
+        _collect(run, state, wait=True)
+        run.checkpoints.begin(state, run.optimizer.tensors(), is_scheduled=is_scheduled)
+        progress.saved_step = state.step
+        _collect(run, state, wait=wait)
 
 
 def _collect(run: Run, state: TrainState, *, wait: bool) -> None:

@@ -19,6 +19,7 @@ from tunesmith.config.recipe import Recipe
 from tunesmith.errors import DiskError, RunError
 from tunesmith.io.atomic import write_atomic
 from tunesmith.io.lock import directory_lock
+from tunesmith.io.redact import redact_tree, restore_tree
 from tunesmith.types import Json
 
 HARMLESS_KEYS = (
@@ -74,21 +75,23 @@ class RunDirectory:
 
         What is asked for otherwise than at that start is taken from `asked`.
         """
-        resolved = _read_recipe(self.path / "recipe.resolved.yaml")
-        old = _read_recipe(self.path / "recipe.yaml")
+        resolved = _read_recipe(self.path / "recipe.resolved.yaml", asked)
+        old = _read_recipe(self.path / "recipe.yaml", asked)
         if resolved is None or old is None:
             return None
         return merge_recipes(resolved, asked, changed_keys(old, asked))
 
     def save_recipes(self, recipe: Recipe, resolved: Recipe, reasons: dict[str, str]) -> None:
         """Writes down what was asked for and what it was resolved to, at every change of it."""
-        if _read_recipe(self.path / "recipe.yaml") != recipe:
-            write_atomic(self.path / "recipe.resolved.yaml", dump_recipe(resolved, reasons))
-            write_atomic(self.path / "recipe.yaml", dump_recipe(recipe))
+        if _read_recipe(self.path / "recipe.yaml", recipe) != recipe:
+            text = dump_recipe(_without_secrets(resolved), reasons)
+            write_atomic(self.path / "recipe.resolved.yaml", text)
+            write_atomic(self.path / "recipe.yaml", dump_recipe(_without_secrets(recipe)))
 
     def save_summary(self, summary: dict[str, Json]) -> None:
         """Marks the run as finished."""
-        write_atomic(self.path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+        text = json.dumps(redact_tree(summary), indent=1, ensure_ascii=False)
+        write_atomic(self.path / "summary.json", text)
 
 
 def open_run(recipe: Recipe, *, restart: bool = False, allow_changes: bool = False) -> RunDirectory:
@@ -120,7 +123,7 @@ def open_run(recipe: Recipe, *, restart: bool = False, allow_changes: bool = Fal
             expected="a folder that can be written",
             try_="choose another `output`",
         ) from error
-    old = _read_recipe(path / "recipe.yaml")
+    old = _read_recipe(path / "recipe.yaml", recipe)
     others = [item.name for item in path.iterdir() if not item.name.startswith(".")]
     # A start that died while it loaded the model leaves these and no recipe.
     strange = [name for name in others if not name.startswith(LEFT_BY_A_START)]
@@ -147,8 +150,13 @@ def open_run(recipe: Recipe, *, restart: bool = False, allow_changes: bool = Fal
     return RunDirectory(path)
 
 
-def _read_recipe(file: Path) -> Recipe | None:
+def _without_secrets(recipe: Recipe) -> Recipe:
+    return Recipe.model_validate(redact_tree(recipe.model_dump(mode="json")))
+
+
+def _read_recipe(file: Path, asked: Recipe) -> Recipe | None:
+    """A recipe written down earlier, with the secrets that `asked` has at the same places."""
     if not file.exists():
         return None
     tree = cast("dict[str, Json]", yaml.safe_load(file.read_text(encoding="utf-8")))
-    return recipe_from(tree, where=str(file))
+    return recipe_from(restore_tree(tree, asked.model_dump(mode="json")), where=str(file))

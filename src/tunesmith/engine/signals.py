@@ -10,12 +10,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 from tunesmith.errors import Interrupted
+
+ONE_SIGNAL_SECONDS = 0.5
+"""Shells, systemd and Slurm signal every process, and a supervisor passes its own on: one signal."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -31,6 +35,7 @@ class StopSignal:
         self.where = where
         self.received: int | None = None
         self.wants_save = False
+        self._since = 0.0
         self._is_deferred = False
         self._previous: dict[int, Any] = {}
 
@@ -64,9 +69,11 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if time.monotonic() - self._since < ONE_SIGNAL_SECONDS:
+                return
             # The user insists: no clean-up. Saves are atomic, so nothing half-written is visible.
             os._exit(128 + number)
-        self.received = number
+        self.received, self._since = number, time.monotonic()
         if not self._is_deferred:
             raise Interrupted(number, self.where, step=None)
 

@@ -11,8 +11,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -156,6 +156,19 @@ class Watchdog:
         self._last = Heartbeat(self._pid, phase, step, names, time.time(), self._stop_seconds)
         self._beat = self._last
         self._write(self._beat)
+
+    @contextmanager
+    def during(self, phase: str, step: int | None = None) -> Generator[None]:
+        """Something that comes between, as a save; after it the beat before counts again.
+
+        So a run that fails and saves with its last words still names the samples it failed at.
+        """
+        before = self._last
+        self.beat(phase, step)
+        try:
+            yield
+        finally:
+            self.beat(before.phase, before.step, before.places)
 
     def pause(self) -> None:
         """Nothing is watched until the next beat, e.g. during an export."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.io.atomic import atomic_directory
+from tunesmith.io.redact import redact
 from tunesmith.model.adapters import save_weights
 
 
@@ -14,7 +15,7 @@ def write_result(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
     with atomic_directory(folder) as temporary:
         save_weights(model, temporary)
         tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / "README.md").write_text(redact(card), encoding="utf-8")
 
 
 def result_card(*, label: str, base: str, is_adapter: bool, facts: dict[str, object]) -> str:

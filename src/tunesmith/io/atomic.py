@@ -148,15 +148,27 @@ def require_space(folder: Path, num_bytes: int) -> None:
         raise DiskError(
             "disk.full",
             str(folder),
-            found=f"{free / 2**20:,.0f} MiB free",
-            expected=f"at least {ROOM * num_bytes / 2**20:,.0f} MiB",
+            found=f"{format_bytes(free)} free",
+            expected=f"at least {format_bytes(ROOM * num_bytes)}",
             try_="free some space, or choose another `output`",
         )
 
 
+def format_bytes(num_bytes: float) -> str:
+    """A size as people write it."""
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if num_bytes >= 2**power:
+            return f"{num_bytes / 2**power:,.1f} {unit}"
+    return f"{num_bytes / 2**10:,.1f} KiB"
+
+
 def disk_error(path: Path, error: OSError | SafetensorError) -> DiskError:
     """Our error for what the system or safetensors says of a write that failed."""
-    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors tells the system's number in its text alone.
+    is_full = getattr(error, "errno", None) in numbers or any(
+        f"os error {number})" in str(error) for number in numbers
+    )
     return DiskError(
         "disk.full" if is_full else "disk.write",
         str(path),

@@ -20,6 +20,7 @@ from tunesmith.data.readers import modelscope
 from tunesmith.data.readers.files import TABLE_ENDINGS, TEXT_ENDINGS
 from tunesmith.data.readers.hub import HubId, declared_splits, fetch_dataset, parse_hub_id
 from tunesmith.errors import DataError, DiskError
+from tunesmith.io import retry
 from tunesmith.types import SilentReporter
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -132,7 +133,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(modelscope, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.0)
     yield stand_in
     server.shutdown()
     thread.join()
@@ -369,7 +370,7 @@ def test_disk_that_cannot_be_written(
         monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DiskError, match="No space left") as raised:
         fetch(f"{kind}:org/set")
-    assert raised.value.code == "disk.write"
+    assert raised.value.code == "disk.full"
 
 
 def test_name_that_only_the_hub_library_refuses(hub: StandIn) -> None:
@@ -419,9 +420,9 @@ def test_changed_files_get_a_folder_of_their_own(
 def test_busy_server_is_asked_again(hub: StandIn) -> None:
     hub.failures = 2
     assert content_of(fetch("ms:org/set")) == WANTED
-    hub.failures = 3
+    hub.failures = retry.ATTEMPTS
     assert content_of(fetch("ms:org/set")) == WANTED  # the copy
-    hub.failures = 3
+    hub.failures = retry.ATTEMPTS
     assert "HTTP 503" in error_of("ms:org/set@v1").found
 
 
@@ -433,7 +434,7 @@ def test_file_that_differs_from_the_listing(hub: StandIn, lie: dict[str, Any], s
     hub.lie_about["data/train.jsonl"] = lie
     error = error_of("ms:org/set")
     assert said in error.found
-    assert sum("train.jsonl" in request for request in hub.requests) == modelscope.ATTEMPTS
+    assert sum("train.jsonl" in request for request in hub.requests) == retry.ATTEMPTS
 
 
 def test_listing_without_sizes_is_believed(hub: StandIn) -> None:
@@ -443,6 +444,7 @@ def test_listing_without_sizes_is_believed(hub: StandIn) -> None:
 
 def test_connection_that_ends_early(hub: StandIn, tmp_path: Path) -> None:
     hub.cut_short = True
+    hub.lie_about = {path: {"Size": None} for path in FILES}
     assert "5 bytes early" in error_of("ms:org/set").found
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 

@@ -516,11 +516,11 @@ def test_bombs_are_stopped(source: str) -> None:
     assert peak < 50 << 20
 
 
-def test_the_default_limit_is_a_second() -> None:
+def test_the_default_limit_is_below_a_second() -> None:
     started = time.thread_time()
-    with pytest.raises(TemplateLimitError, match="more than 1 s of processor time"):
+    with pytest.raises(TemplateLimitError, match="more than 0.8 s of processor time"):
         compile_template(BOMBS[0]).render(QUESTION)
-    assert 0.9 < time.thread_time() - started < 1.5
+    assert 0.7 < time.thread_time() - started < 1
 
 
 def test_a_message_may_be_long() -> None:

@@ -7,19 +7,8 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-_KEY_SHAPES: Final = (
-    r"sk-(?:proj-|ant-|or-v1-)?[A-Za-z0-9_-]{20,}",  # OpenAI, Anthropic and many who copy them
-    r"(?:AKIA|ASIA)[0-9A-Z]{16}",  # Amazon
-    r"LTAI[A-Za-z0-9]{12,26}",  # Alibaba Cloud
-    r"AKID[A-Za-z0-9]{32}",  # Tencent Cloud
-    r"AIza[0-9A-Za-z_-]{35}",  # Google
-    r"gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,}",
-    r"glpat-[A-Za-z0-9_-]{20,}",
-    r"hf_[A-Za-z0-9]{30,}",
-    r"xox[abprs]-[A-Za-z0-9-]{10,}",  # Slack
-    r"eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",  # JSON web token
-)
-_API_KEY: Final = re.compile(rf"(?<![A-Za-z0-9_-])(?:{'|'.join(_KEY_SHAPES)})(?![A-Za-z0-9])")
+from tunesmith.io.redact import API_KEY, is_random, may_hold_key
+
 _PRIVATE_KEY: Final = re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----")
 _EMAIL: Final = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}"
@@ -66,15 +55,7 @@ def find_secrets(text: str) -> list[tuple[str, str]]:
 
 
 # Looking for a plain piece first is ten times faster than the pattern itself.
-_KEY_TRACES: Final = (
-    *("sk-", "AKIA", "ASIA", "LTAI", "AKID", "AIza", "github_pat_", "glpat-", "hf_", "xox", "eyJ"),
-    *("ghp_", "gho_", "ghu_", "ghs_", "ghr_"),
-)
 _DIGITS: Final = re.compile(r"\d{4}[ -]?\d{4}")
-
-
-def _may_hold_key(text: str) -> bool:
-    return any(trace in text for trace in _KEY_TRACES)
 
 
 def _may_hold_number(text: str) -> bool:
@@ -130,7 +111,7 @@ def _is_any(_: str) -> bool:
 _Test = Callable[[str], bool]
 _DETECTORS: Final[tuple[tuple[str, _Test, re.Pattern[str], _Test], ...]] = (
     ("private_key", lambda text: "-----BEGIN" in text, _PRIVATE_KEY, _is_any),
-    ("api_key", _may_hold_key, _API_KEY, lambda key: len(set(key)) > 8),  # not sk-xxxxxxxx
+    ("api_key", may_hold_key, API_KEY, is_random),
     ("email", lambda text: "@" in text, _EMAIL, _is_used_domain),
     ("id_card", _may_hold_number, _ID_CARD, _is_id_card),
     ("bank_card", _may_hold_number, _BANK_CARD, _is_bank_card),

@@ -24,11 +24,20 @@ import yaml
 from tunesmith.data.readers.modelscope import (
     DEFAULT_REVISION,
     DatasetRepository,
-    NoAnswerError,
 )
 from tunesmith.errors import DataError, DiskError, Problem
 from tunesmith.io.atomic import atomic_directory
 from tunesmith.io.cache import cache_folder
+from tunesmith.io.redact import redact
+from tunesmith.io.retry import NoAnswerError
+from tunesmith.io.snapshot import (
+    DISK_ERRORS,
+    HubRepository,
+    explain,
+    fetch_snapshot,
+    is_offline,
+    offline_explanation,
+)
 from tunesmith.types import Reporter
 
 DATA_PATTERNS = [
@@ -49,10 +58,6 @@ _ID = re.compile(
     r"(?:@(?P<revision>\w[\w.+-]*(?:/\w[\w.+-]*)*))?(?::(?P<split>\w[\w.-]*))?",
     re.ASCII,
 )
-_TRUE = {"1", "ON", "YES", "TRUE"}
-_OF_OTHER_JSON = (KeyError, TypeError, AssertionError)
-"""What huggingface_hub raises when a server that is no hub answers with some JSON."""
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,7 @@ def fetch_dataset(hub_id: HubId, reporter: Reporter) -> Path:
     Raises:
         DataError: it does not exist, is private or gated, has no data files, or the hub cannot be
             reached and there is no copy (`data.hub`), or its name is impossible (`data.hub-id`).
-        DiskError: there is no room for it (`disk.write`).
+        DiskError: there is no room for it (`disk.full`), or no right to write (`disk.write`).
     """
     fetch = _fetch_from_huggingface if hub_id.hub == "hf" else _fetch_from_modelscope
     folder = fetch(hub_id, reporter)
@@ -126,7 +131,9 @@ def declared_splits(folder: Path) -> dict[str, list[str]]:
 
 
 def _error(hub_id: HubId, found: str, expected: str, try_: str) -> DataError:
-    return DataError([Problem(str(hub_id), "data.hub", found, expected)], try_=try_)
+    # Addresses and answers may hold credentials: of an endpoint, of a proxy, of a signed address.
+    problem = Problem(str(hub_id), "data.hub", redact(found), expected)
+    return DataError([problem], try_=redact(try_))
 
 
 def _id_error(text: str) -> DataError:
@@ -136,98 +143,39 @@ def _id_error(text: str) -> DataError:
 
 
 def _offline_error(hub_id: HubId) -> DataError:
-    return _error(
-        hub_id,
-        "no whole copy in the cache, while HF_HUB_OFFLINE forbids to download",
-        "a data set that was downloaded before",
-        "unset HF_HUB_OFFLINE once, or copy the data set to this machine and name its folder",
-    )
-
-
-def _is_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+    said = offline_explanation("data set")
+    return _error(hub_id, said.found, said.expected, said.try_)
 
 
 def _matches(path: str) -> bool:
     return any(fnmatch.fnmatch(path, pattern) for pattern in DATA_PATTERNS)
 
 
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 # Hugging Face
 
 
 def _fetch_from_huggingface(hub_id: HubId, reporter: Reporter) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HTTPError
-
-    # Read here too: huggingface_hub itself reads its variables only once, when it is imported.
-    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    repository = HubRepository(hub_id.name, "dataset", hub_id.revision)
     try:
         with reporter.waiting(f"downloading {hub_id}"):
-            folder = snapshot_download(
-                hub_id.name,
-                repo_type="dataset",
-                revision=hub_id.revision,
-                endpoint=endpoint,
-                local_files_only=_is_offline() or constants.is_offline_mode(),
-                allow_patterns=DATA_PATTERNS,
-                tqdm_class=_silent_bar(),
-            )
-    except (HTTPError, OSError, ValueError, RuntimeError, *_OF_OTHER_JSON) as error:
-        raise _huggingface_error(hub_id, endpoint, error) from error
-    return Path(folder)
+            return fetch_snapshot(repository, DATA_PATTERNS)
+    except NoAnswerError as failure:
+        raise _huggingface_error(hub_id, repository, failure) from failure.__cause__
 
 
-def _silent_bar() -> Any:
-    """A progress bar that shows nothing: the reporter is the one that speaks."""
-    from huggingface_hub.utils import tqdm
+def _huggingface_error(
+    hub_id: HubId, repository: HubRepository, failure: NoAnswerError
+) -> DataError | DiskError:
+    from huggingface_hub.errors import HFValidationError
 
-    class SilentBar(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs | {"disable": True})
-
-    return SilentBar
-
-
-def _huggingface_error(hub_id: HubId, endpoint: str, error: Exception) -> DataError | DiskError:
-    from huggingface_hub import errors
-
-    page = f"{endpoint}/datasets/{hub_id.name}"
-    if isinstance(error, errors.HFValidationError):
+    error, said = failure.__cause__, explain(repository, failure)
+    if isinstance(error, HFValidationError):
         return _id_error(str(hub_id))
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        expected = "a cache that can be written"
-        try_ = "free some space, or set HF_HOME to another place"
-        return DiskError("disk.write", str(hub_id), found=str(error), expected=expected, try_=try_)
-    if isinstance(error, errors.GatedRepoError):
-        found = f"a gated data set: {page} asks to accept its terms first"
-        try_ = f"accept them on {page}, then `hf auth login`"
-        return _error(hub_id, found, "a data set that may be read", try_)
-    if isinstance(error, errors.RevisionNotFoundError):
-        found = f"no revision {hub_id.revision or 'main'} of {page}"
-        return _error(hub_id, found, "a branch, tag or commit", f"choose one of {page}/tree/main")
-    if isinstance(error, errors.RepositoryNotFoundError) or _status(error.__cause__) == 404:
-        found = f"no data set {page}, or a private one"
-        try_ = "check the spelling; for a private one `hf auth login` with a token that may read it"
-        return _error(hub_id, found, "a data set that may be read", try_)
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is None:
-        return _offline_error(hub_id)
-    found = f"no usable answer from {page}: {_reason(error.__cause__ or error)}"
-    return _error(
-        hub_id,
-        found,
-        "the data set, or a copy in the cache",
-        "check the network or set HF_ENDPOINT to a mirror (https://hf-mirror.com); or copy the "
-        "data set to this machine and name its folder",
-    )
-
-
-def _status(error: BaseException | None) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        code = "disk.full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "disk.write"
+        where = str(hub_id)
+        return DiskError(code, where, found=said.found, expected=said.expected, try_=said.try_)
+    return _error(hub_id, said.found, said.expected, said.try_)
 
 
 # ModelScope
@@ -239,7 +187,7 @@ def _fetch_from_modelscope(hub_id: HubId, reporter: Reporter) -> Path:
     home = home / quote(repository.revision, safe="")
     copies = [each for each in home.glob("*") if not each.name.startswith(".")]
     newest = max(copies, key=lambda copy: copy.stat().st_mtime, default=None)
-    if _is_offline():
+    if is_offline():
         if newest is None:
             raise _offline_error(hub_id)
         return newest
@@ -247,7 +195,8 @@ def _fetch_from_modelscope(hub_id: HubId, reporter: Reporter) -> Path:
         return _current_copy(hub_id, repository, home, reporter)
     except NoAnswerError as error:
         if error.may_pass and newest is not None:
-            reporter.note(f"{hub_id}: no answer ({error}), so the copy in the cache is used")
+            reason = redact(str(error))
+            reporter.note(f"{hub_id}: no answer ({reason}), so the copy in the cache is used")
             return newest
         raise _modelscope_error(hub_id, repository.address, error) from error
 

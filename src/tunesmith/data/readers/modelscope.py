@@ -1,7 +1,8 @@
 """ModelScope's data set repositories over its HTTP API: list the files, download one.
 
-Its own client would be a large dependency for these two calls. Not covered: resuming a download in
-the middle of a file.
+Its own client would be a large dependency for these two calls. What fails in passing is asked for
+again, with longer and longer pauses, and a file goes on behind the bytes that have come. Not
+covered: going on with files that another process began; a server that sends a byte now and then.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 from urllib.parse import urlencode
 
 import msgspec
 
-T = TypeVar("T")
+from tunesmith.io.fault import fault
+from tunesmith.io.retry import NoAnswerError, retried
 
 DEFAULT_ENDPOINT = "https://www.modelscope.cn"
 DEFAULT_REVISION = "master"
@@ -29,23 +30,7 @@ LISTING_PAGE_FILES = 200
 MAX_LISTING_PAGES = 5_000
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60.0
-ATTEMPTS = 3
-RETRY_SECONDS = 1.0
-
-
-class NoAnswerError(Exception):
-    """The hub did not send what was asked for.
-
-    Args:
-        reason: what it sent instead, or what the network said.
-        may_pass: whether the same question may be answered later.
-        status: of an HTTP answer, None if there was none.
-    """
-
-    def __init__(self, reason: str, *, may_pass: bool, status: int | None = None) -> None:
-        super().__init__(reason)
-        self.may_pass = may_pass
-        self.status = status
+"""Without a byte for so long a connection is given up."""
 
 
 class ListedFile(msgspec.Struct, frozen=True):
@@ -94,7 +79,7 @@ class DatasetRepository:
         """
         found: dict[str, ListedFile] = {}
         for page in range(1, MAX_LISTING_PAGES + 1):
-            entries = _retried(partial(self._listing_page, page))
+            entries = retried(partial(self._listing_page, page))
             known = len(found)
             found |= {entry.path: entry for entry in entries}
             # A server without pages sends the same one again: nothing new also ends the listing.
@@ -113,12 +98,13 @@ class DatasetRepository:
         """Writes one file, and compares it with what the listing says of it.
 
         Raises:
-            NoAnswerError: it does not come, or not whole, in three attempts.
+            NoAnswerError: it does not come, or not as it is listed, in ATTEMPTS attempts.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         query = {"Source": "SDK", "Revision": self.revision, "FilePath": file.path}
         url = f"{self.address}?{urlencode(query)}"
-        _retried(partial(_write_checked, url, file, target))
+        download = _Download(url, file, target)
+        retried(download.go_on, download.num_bytes)
 
     def _listing_page(self, page: int) -> list[ListedFile]:
         query = {"Revision": self.revision, "Recursive": "True"}
@@ -140,55 +126,125 @@ def _stays_inside(path: str) -> bool:
     return bool(parts) and not {"..", "/"} & set(parts) and "\\" not in path and "\0" not in path
 
 
-def _write_checked(url: str, file: ListedFile, target: Path) -> None:
-    digest = hashlib.sha256()
-    size = 0
-    with target.open("wb") as output:
-        for chunk in _stream(url):
-            output.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-    if file.size is not None and size != file.size:
-        raise NoAnswerError(f"{size} of {file.size} bytes of {file.path}", may_pass=True)
-    if file.sha256 and digest.hexdigest() != file.sha256.lower():
-        reason = f"{file.path} with another SHA-256 than the listing has"
-        raise NoAnswerError(reason, may_pass=True)
+@dataclass
+class _Download:
+    """A file on its way: what has come stays, and the next attempt asks for the rest."""
 
+    url: str
+    file: ListedFile
+    target: Path
+    version: str | None = None
+    """The ETag of what has come; a server whose file has another one then sends it all."""
 
-def _retried(action: Callable[[], T]) -> T:
-    for attempt in range(ATTEMPTS - 1):
+    def num_bytes(self) -> int:
+        return self.target.stat().st_size if self.target.exists() else 0
+
+    def go_on(self) -> None:
+        """Fetches what is missing, and compares the whole with the listing."""
+        start = self.num_bytes()
+        if self.file.size is None or start < self.file.size or not start:
+            self._fetch_from(start)
+        problem = self._difference()
+        if problem is not None:
+            self.target.unlink()
+            raise NoAnswerError(problem, may_pass=True)
+
+    def _fetch_from(self, start: int) -> None:
         try:
-            return action()
+            self._append(start)
         except NoAnswerError as error:
-            if not error.may_pass:
-                raise
-            time.sleep(RETRY_SECONDS * 2**attempt)
-    return action()
+            if error.status == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                self.target.unlink()  # more has come than there is: from the start again
+            raise
+
+    def _append(self, start: int) -> None:
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        if start and self.version is not None:
+            headers["If-Range"] = self.version
+        with _answer(self.url, headers) as answer, self.target.open("ab") as output:
+            if answer.status != http.client.PARTIAL_CONTENT:
+                output.truncate(0)  # a server without ranges sends everything
+            self.version = answer.headers["ETag"]
+            size = output.seek(0, os.SEEK_END)
+            for piece in _pieces(answer):
+                output.write(piece)
+                size += len(piece)
+                if self.file.size is not None and size > self.file.size:
+                    break
+
+    def _difference(self) -> str | None:
+        """What is not as listed."""
+        size, listed = self.num_bytes(), self.file
+        if listed.size is not None and size != listed.size:
+            return f"{size} of {listed.size} bytes of {listed.path}"
+        if not listed.sha256:
+            return None
+        with self.target.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        is_same = digest == listed.sha256.lower()
+        return None if is_same else f"{listed.path} with another SHA-256 than the listing has"
 
 
 def _stream(url: str) -> Iterator[bytes]:
     """The bytes behind an address, in pieces."""
+    with _answer(url, {}) as answer:
+        yield from _pieces(answer)
+
+
+@contextmanager
+def _answer(url: str, headers: Mapping[str, str]) -> Generator[http.client.HTTPResponse]:
+    """A good answer from an address.
+
+    Raises:
+        NoAnswerError: there is none; also for what goes wrong with the connection in the block.
+    """
     if not url.startswith(("https://", "http://")):
         raise NoAnswerError("an address without http or https", may_pass=False)
     try:
         # S310 warns of other schemes than http: they were refused above.
-        with urllib.request.urlopen(_request(url), timeout=TIMEOUT_SECONDS) as answer:  # noqa: S310
-            while chunk := answer.read(CHUNK_BYTES):
-                yield chunk
-            if answer.length:
-                reason = f"the connection ended {answer.length} bytes early"
-                raise NoAnswerError(reason, may_pass=True)
+        answer = urllib.request.urlopen(_request(url, headers), timeout=TIMEOUT_SECONDS)  # noqa: S310
     except urllib.error.HTTPError as error:
         with error:
-            reason = f"HTTP {error.code} {error.reason}"
-        may_pass = error.code == 429 or error.code >= 500
-        raise NoAnswerError(reason, may_pass=may_pass, status=error.code) from error
+            raise _refusal(error) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise NoAnswerError(str(error) or type(error).__name__, may_pass=True) from error
+        raise _broken(error) from error
+    with answer:
+        yield answer
 
 
-def _request(url: str) -> urllib.request.Request:
-    request = urllib.request.Request(url, headers={"User-Agent": "tunesmith"})  # noqa: S310
+def _pieces(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    try:
+        while True:
+            fault("net.read")
+            # read1 gives what is there: of a broken connection nothing is lost that has come.
+            piece = answer.read1(CHUNK_BYTES)
+            if not piece:
+                break
+            yield piece
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _broken(error) from error
+    if answer.length:
+        raise NoAnswerError(f"the connection ended {answer.length} bytes early", may_pass=True)
+
+
+def _broken(error: Exception) -> NoAnswerError:
+    return NoAnswerError(str(error) or type(error).__name__, may_pass=True)
+
+
+def _refusal(error: urllib.error.HTTPError) -> NoAnswerError:
+    may_pass = error.code in (408, 416, 429) or error.code >= 500
+    wait = error.headers["Retry-After"] or ""
+    return NoAnswerError(
+        f"HTTP {error.code} {error.reason}",
+        may_pass=may_pass,
+        status=error.code,
+        wait_seconds=float(wait) if wait.isdecimal() else None,
+    )
+
+
+def _request(url: str, headers: Mapping[str, str]) -> urllib.request.Request:
+    sent = {"User-Agent": "tunesmith", **headers}
+    request = urllib.request.Request(url, headers=sent)  # noqa: S310
     token = os.environ.get("MODELSCOPE_API_TOKEN")
     if token:
         # Not sent on after a redirect: the files themselves lie with other hosts.

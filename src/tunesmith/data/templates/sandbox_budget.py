@@ -46,7 +46,7 @@ class Limits:
     `seconds` is processor time of the rendering thread, so a busy machine refuses nothing.
     """
 
-    seconds: float = 1.0
+    seconds: float = 0.8
     output_characters: int = 4 << 20
     memory_characters: int = 16 << 20
 
