@@ -1,6 +1,7 @@
 # make install     a virtual environment with tunesmith and its tools (.venv, or VENV=...)
 # make quickstart  fine-tunes the built-in model on a small task and shows the difference
 # make test        all tests          make check   format, lint, types, layers, fast tests
+# make test-faults the whole fault matrix, into docs/reliability.md       make soak   200 runs with random faults
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,9 +9,9 @@ BIN := $(VENV)/bin
 MARK := $(VENV)/.installed-for-tunesmith
 
 # One thread per test process: two processes with two threads each would fight for two cores.
-FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not whole"
 
-.PHONY: install quickstart test check clean
+.PHONY: install quickstart test check test-faults soak clean
 
 install: $(MARK)
 
@@ -37,7 +38,16 @@ check: install
 
 test: install
 	$(FAST)
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not whole" tests/faults
+	$(BIN)/python -m pytest -q -m "slow and not whole" --ignore tests/faults
+
+test-faults: install
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist load --junitxml build/faults.xml tests/faults
+	$(BIN)/python tests/faults/matrix.py build/faults.xml
+
+soak: install
+	$(BIN)/python tests/faults/soak.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache

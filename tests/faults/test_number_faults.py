@@ -89,7 +89,7 @@ def test_row_12_guards_decide_the_same_after_a_resume(
 def test_row_37_several_bad_steps_in_a_row(
     make_place: Callable[..., Place], tmp_path: Path
 ) -> None:
-    """Three skips in a row: back to the last scheduled checkpoint, twice; then it stops, exit 4."""
+    """Three skips in a row: back to the last scheduled checkpoint, twice; then exit 4."""
     place = make_place(tmp_path, evaluate={"every": None}, train={"global_batch": 2})
     # From step 7 on all is bad, so two rollbacks do not help.
     assert place.train(fault="step.micro:step>6:nan") == 4, place.printed[-3000:]

@@ -123,7 +123,7 @@ def parse_faults(text: str) -> list[Fault]:
     """
     faults: list[Fault] = []
     for part in filter(None, text.split(",")):
-        point, when, action, argument = [*part.split(":", 3), "", ""][:4]
+        point, when, action, argument = [*part.split(":", 3), "", "", ""][:4]
         if (point != "*" and point not in POINTS) or not when or action not in ACTIONS:
             raise ValueError(f"TUNESMITH_FAULT: {part!r} is not point:when:action")
         faults.append(Fault(point, when, action, argument))
