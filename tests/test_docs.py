@@ -10,7 +10,7 @@ import tunesmith
 from tunesmith.config.load import recipe_from
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = re.compile(r'"((?:recipe|data|model|run|checkpoint|numbers|disk|lock)\.[a-z]+(?:-[a-z]+)*)"')
+CODE = re.compile(r'"((?:recipe|data|model|run|checkpoint|numbers|memory|disk|lock|archive|path)\.[a-z]+(?:-[a-z]+)*)"')
 
 
 def raised_codes() -> set[str]:

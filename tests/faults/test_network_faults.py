@@ -405,6 +405,7 @@ def test_row_45_a_model_while_the_hub_is_away(
 ) -> None:
     """No variable, nobody at the address, a model in the cache: loaded."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     load_everything(cached_model)
 
 
@@ -418,4 +419,4 @@ def test_row_45_no_model_in_the_cache(
         load_everything("org/other")
     assert isinstance(raised.value, ModelError)
     assert raised.value.where == "org/other"
-    assert "folder on disk" in str(raised.value.try_)
+    assert "name its folder" in str(raised.value.try_)

@@ -16,9 +16,9 @@ from tunesmith.data.tokenize import TokenSequence
 from tunesmith.errors import RecipeError
 from tunesmith.model.adapters import (
     TRAINED_FILE,
+    TrainedWeights,
     attach,
     load_weights,
-    save_trained,
     save_weights,
     trainable_parameters,
 )
@@ -129,7 +129,24 @@ def changed(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("save", [save_trained, save_weights])
+def write(model: Any, folder: Path) -> None:
+    TrainedWeights(model).writer(copies=False)(folder)
+
+
+def write_copies(model: Any, folder: Path) -> None:
+    """Writes what was there before the weights went on moving."""
+    before = {n: p.detach().clone() for n, p in trainable_parameters(model)}
+    writer = TrainedWeights(model).writer(copies=True)
+    with torch.no_grad():
+        for _, parameter in trainable_parameters(model):
+            parameter.add_(1)
+    writer(folder)
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(model):
+            parameter.copy_(before[name])
+
+
+@pytest.mark.parametrize("save", [write, write_copies, save_weights])
 @pytest.mark.parametrize("method", [freeze(), lora(layers=2), lora(), FULL], ids=str)
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_weights_come_back_bit_for_bit(
@@ -146,7 +163,7 @@ def test_weights_come_back_bit_for_bit(
 
 def test_a_checkpoint_leaves_frozen_weights_out(tmp_path: Path) -> None:
     model = build(freeze(layers=1))
-    save_trained(model, tmp_path / "checkpoint")
+    write(model, tmp_path / "checkpoint")
     save_weights(model, tmp_path / "model")
     (kept,) = (tmp_path / "checkpoint").iterdir()
     trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))

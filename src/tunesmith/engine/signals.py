@@ -19,7 +19,7 @@ from typing import Any
 from tunesmith.errors import Interrupted
 
 ONE_SIGNAL_SECONDS = 0.5
-"""Shells, systemd and Slurm signal every process, and a supervisor passes its own on: one signal."""
+"""Shells, systemd and Slurm signal every process, and a supervisor passes it on: one signal."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from tunesmith.model.load import (
     load_model,
     load_tokenizer,
 )
+from tunesmith.model.load_adapter import base_of, find_adapter, load_adapter
 from tunesmith.types import Reporter, Tokenizer
 
 
@@ -81,6 +81,9 @@ def _open(
     if (path / "adapter_config.json").exists():
         return _open_adapter(path, target, reporter, trained)
     source = find_model(ModelConfig(id=str(path) if path.exists() else target), reporter)
+    adapter = find_adapter(source)
+    if adapter is not None:
+        return _open_adapter(adapter, target, reporter, trained)
     check_weights_exist(source)
     model = load_model(source)
     return _ready(model, load_tokenizer(source), target)
@@ -89,16 +92,13 @@ def _open(
 def _open_adapter(
     path: Path, label: str, reporter: Reporter, trained: ModelConfig | None
 ) -> ChatModel:
-    from peft import PeftModel
-
-    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    place = ModelConfig(id=config["base_model_name_or_path"], revision=config.get("revision"))
-    base = find_model(place, reporter)
+    base = find_model(base_of(path, label), reporter)
+    check_weights_exist(base)
     how: dict[str, str] = {}
     if trained is not None and trained.quantize != "none":
         # The same bits again: those of bfloat16 weights differ from those of float32 ones.
         how = {"quantize": trained.quantize, "dtype": trained.dtype}
-    model = PeftModel.from_pretrained(load_model(base, **how), path)
+    model = load_adapter(load_model(base, **how), path, label)
     has_tokenizer = (path / "tokenizer.json").exists()
     tokenizer = load_tokenizer(ModelSource(label, str(path)) if has_tokenizer else base)
     return _ready(model, tokenizer, label)

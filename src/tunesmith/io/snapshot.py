@@ -27,7 +27,7 @@ CLOCK_SECONDS = 2.0
 """What clocks of file systems may be off."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_OF_OTHER_JSON = (KeyError, TypeError, AssertionError)
+OF_OTHER_JSON = (KeyError, TypeError, AttributeError, AssertionError)
 """What huggingface_hub raises when a server that is no hub answers with some JSON."""
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
@@ -116,7 +116,7 @@ def _attempt(repository: HubRepository, how: Mapping[str, Any]) -> Path:
             local_files_only=is_offline() or constants.is_offline_mode(),
             **how,
         )
-    except (HTTPError, OSError, ValueError, RuntimeError, *_OF_OTHER_JSON) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError, *OF_OTHER_JSON) as error:
         reason = _first_line(error.__cause__ or error)
         raise NoAnswerError(reason, may_pass=_may_pass(error)) from error
     _refuse_altered(Path(folder), begun)

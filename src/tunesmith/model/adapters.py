@@ -13,6 +13,7 @@ import torch
 
 from tunesmith.config.recipe import FreezeConfig, FullConfig, LoraConfig
 from tunesmith.errors import RecipeError
+from tunesmith.io.headers import check_safetensors
 from tunesmith.model.layers import decoder_of, layer_list, names_of_lower_layers, parts_above
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -180,13 +181,15 @@ def load_weights(model: Any, folder: Path) -> None:
     """Copies weights written by `save_weights` or `save_trained` into the model, bit for bit.
 
     Raises:
-        ValueError: a weight that is trained is missing, or the model has no weight of a name.
+        ValueError: a weight that is trained is missing, or the model has no weight of a name; a
+            ModelError if a file does not fit its header (`model.bad-safetensors`).
     """
     from safetensors.torch import load_file
 
     stored: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         if file.name != "optim.safetensors":
+            check_safetensors(file)
             stored.update(load_file(file))
     targets = dict(_stored_names(model))
     trained = {name for name, tensor in targets.items() if tensor.requires_grad}

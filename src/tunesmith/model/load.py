@@ -1,12 +1,17 @@
-"""Finds and loads models and tokenizers: hub ids, folders, GGUF files, built-in ones."""
+"""Finds and loads models and tokenizers: hub ids, folders, GGUF files, built-in ones.
+
+All is loaded through `io.safeload`'s views: no pickle is read and no code of a model is run.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import re
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,11 @@ from safetensors import SafetensorError
 
 from tunesmith.config.recipe import ModelConfig
 from tunesmith.errors import ModelError
+from tunesmith.io.retry import NoAnswerError
+from tunesmith.io.safeload import model_view, read_settings, refuse_pickles, weight_files
+from tunesmith.io.snapshot import HubRepository, explain
 from tunesmith.model.builtin import PREFIX, find_builtin
+from tunesmith.model.fetch import fetch_model, list_files
 from tunesmith.model.gguf import convert_gguf
 from tunesmith.model.quantize import check_quantized, keep_layout, quantization_arguments
 from tunesmith.ops.attention import attend
@@ -40,11 +49,22 @@ class ModelSource:
         """Whether the files are in a folder here."""
         return Path(self.path).is_dir()
 
-    @property
-    def place(self) -> dict[str, Any]:
-        """Arguments for `from_pretrained`."""
-        revision = {} if self.revision is None else {"revision": self.revision}
-        return {"pretrained_model_name_or_path": self.path, **revision}
+
+def loading_errors() -> tuple[type[Exception], ...]:
+    """What transformers and PEFT raise for settings and files that do not fit together.
+
+    Errors of memory are RuntimeErrors, too: see `is_of_memory`.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    of_values = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError)
+    others = (OSError, RuntimeError, AssertionError, re.error, SafetensorError)
+    return (*of_values, *others, StrictDataclassError)
+
+
+def is_of_memory(error: Exception) -> bool:
+    """Whether it is not the files' fault: there is not enough memory."""
+    return isinstance(error, RuntimeError) and "memory" in str(error)
 
 
 def find_model(model: ModelConfig, reporter: Reporter, folder: Path | None = None) -> ModelSource:
@@ -89,9 +109,12 @@ def check_weights_exist(source: ModelSource) -> None:
     """Refuses a folder that holds no model, before any data is read.
 
     Raises:
-        ModelError: `model.not-a-model`, with what the folder holds.
+        ModelError: `model.not-a-model`, with what the folder holds; weights that exist only as
+            pickles (`model.pickle`), that are damaged (`model.bad-safetensors`) or elsewhere
+            (`model.bad-index`).
     """
     if not source.is_local:
+        refuse_pickles(list_files(source.path, source.revision), source.label)
         return
     folder = Path(source.path)
     names = sorted(item.name for item in folder.iterdir())
@@ -103,6 +126,8 @@ def check_weights_exist(source: ModelSource) -> None:
             expected="the model it was made for",
             try_="name the base model (see base_model_name_or_path in adapter_config.json)",
         )
+    if "config.json" in names:
+        refuse_pickles(names, source.path)
     has_weights = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
     if "config.json" not in names or not has_weights:
         ggufs = [name for name in names if name.endswith(".gguf")]
@@ -113,20 +138,50 @@ def check_weights_exist(source: ModelSource) -> None:
             expected="config.json and .safetensors files",
             try_=f"name the file: {folder / ggufs[0]}" if ggufs else None,
         )
+    weight_files(folder, source.path)
+
+
+def fetched(source: ModelSource, code: str, expected: str, *, with_weights: bool = False) -> Path:
+    """The folder of a model's files, fetched if need be.
+
+    Raises:
+        ModelError: of that code: they cannot be had.
+    """
+    if source.is_local:
+        return Path(source.path)
+    try:
+        return fetch_model(source.path, source.revision, with_weights=with_weights)
+    except NoAnswerError as error:
+        said = explain(HubRepository(source.path, "model", source.revision), error)
+        raise ModelError(
+            "model.hub", source.label, found=said.found, expected=said.expected, try_=said.try_
+        ) from error
+    except ModelError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _load_error(source, error, code, expected) from error
 
 
 def load_tokenizer(source: ModelSource) -> Tokenizer:
     """Loads a model's tokenizer.
 
     Raises:
-        ModelError: there is none (`model.no-tokenizer`), or the hub cannot be reached.
+        ModelError: there is none, or none that transformers knows (`model.no-tokenizer`), or the
+            hub cannot be reached.
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**source.place)
-    except (OSError, ValueError) as error:
-        raise _load_error(source, error, "model.no-tokenizer", "a tokenizer") from error
+    folder = fetched(source, "model.no-tokenizer", "a tokenizer")
+    with model_view(folder, source.label, with_weights=False) as view:
+        has_config = _check_tokenizer_class(view, source.label)
+        # With its name in it: transformers mends the tokenizers of some models by their names.
+        known = {"config": _config(source, view)} if has_config else {}
+        try:
+            with _BareErrors():
+                tokenizer = AutoTokenizer.from_pretrained(view, trust_remote_code=False, **known)
+        except loading_errors() as error:
+            raise _load_error(source, error, "model.no-tokenizer", "a tokenizer") from error
+    tokenizer.name_or_path = source.path
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             "model.slow-tokenizer",
@@ -151,14 +206,34 @@ def load_config(source: ModelSource) -> Any:
     """Loads a model's configuration.
 
     Raises:
-        ModelError: `model.no-config`, or the hub cannot be reached.
+        ModelError: `model.no-config`, the hub cannot be reached, or transformers does not know such
+            a model (`model.unknown-type`).
     """
+    folder = fetched(source, "model.no-config", "a model configuration")
+    with model_view(folder, source.label, with_weights=False) as view:
+        return _config(source, view)
+
+
+def _config(source: ModelSource, view: Path) -> Any:
     from transformers import AutoConfig
 
+    if (view / "config.json").exists():
+        _check_model_type(read_settings(view / "config.json"), source.label)
     try:
-        return AutoConfig.from_pretrained(**source.place)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(view, trust_remote_code=False)
+    except loading_errors() as error:
         raise _load_error(source, error, "model.no-config", "a model configuration") from error
+    # Any key of the file becomes an attribute, and one of a method's name takes its place.
+    hidden = [key for key in vars(config) if callable(getattr(type(config), key, None))]
+    if hidden:
+        raise ModelError(
+            "model.bad-config",
+            source.label,
+            found=f"the key {hidden[0]}, which is a method of {type(config).__name__}",
+            expected="settings",
+        )
+    config.name_or_path = source.path
+    return config
 
 
 def fingerprint(source: ModelSource, config: Any) -> str:
@@ -166,9 +241,9 @@ def fingerprint(source: ModelSource, config: Any) -> str:
 
     Not covered: a local file whose bytes change and whose size does not.
     """
-    commit = getattr(config, "_commit_hash", None)
     if not source.is_local:
-        return str(commit or source.revision or "hub")[:12]
+        # The name of the cache's folder: the commit that the configuration was read from.
+        return fetched(source, "model.no-config", "a model configuration").name[:12]
     sizes = [(f.name, f.stat().st_size) for f in sorted(Path(source.path).glob("*.safetensors"))]
     text = json.dumps([config.to_json_string(use_diff=True), sizes])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -195,13 +270,27 @@ def load_model(
     # A name that has no mask function: transformers then builds no mask (masking_utils.py).
     AttentionInterface.register(PACKED_ATTENTION, attend)
     is_plain = quantize == "none"
-    how = {} if is_plain else quantization_arguments(source.label, load_config(source), dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **source.place, dtype=dtype, attn_implementation=attention, **how
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise _load_error(source, error, "model.unreadable", "a causal language model") from error
+    folder = fetched(source, "model.unreadable", "a causal language model", with_weights=True)
+    with model_view(folder, source.label, with_weights=True) as view:
+        config = _config(source, view)
+        how = {} if is_plain else quantization_arguments(source.label, config, dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                view,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **how,
+            )
+        except loading_errors() as error:
+            if is_of_memory(error):
+                raise
+            reason = (source, error, "model.unreadable", "a causal language model")
+            raise _load_error(*reason) from error
+    # Adapters and results say what they were made of: by its own name, not by that of the view.
+    model.name_or_path = model.config.name_or_path = source.path
     if not is_plain:
         check_quantized(model, source.label)
     keep_layout(model)
@@ -217,6 +306,76 @@ def random_model(config: Any, *, is_bf16: bool) -> Any:
     return AutoModelForCausalLM.from_config(
         config, dtype=dtype, attn_implementation=PACKED_ATTENTION
     )
+
+
+class _BareErrors:
+    """Makes ValueErrors of bare Exceptions, which tokenizers raises for a broken tokenizer.json."""
+
+    def __enter__(self) -> None:
+        """Nothing is to be done."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        """Looks whether one came; other kinds pass."""
+        if kind is Exception:
+            raise ValueError(str(error)) from error
+
+
+def _check_model_type(values: dict[str, Any], label: str) -> None:
+    """Refuses a model that transformers has no code for: code beside the weights is not run."""
+    from transformers import CONFIG_MAPPING
+
+    kind, names = values.get("model_type"), values.get("architectures") or []
+    if isinstance(kind, str) and kind in CONFIG_MAPPING and isinstance(names, list):
+        unknown = [name for name in names if str(name) not in _architectures()]
+    else:
+        unknown = [kind]
+    if unknown:
+        raise ModelError(
+            "model.unknown-type",
+            label,
+            found=f"a model of the type {str(unknown[0])[:100]!r}",
+            expected="one that transformers has its own code for; code beside weights is not run",
+            try_="name a model of a known architecture, or update transformers",
+        )
+
+
+@functools.cache
+def _architectures() -> frozenset[str]:
+    """The models of transformers; `dir` of the package would take 0.3 s."""
+    from transformers.models.auto import modeling_auto
+
+    tables = [vars(modeling_auto)[n] for n in vars(modeling_auto) if n.endswith("_MAPPING_NAMES")]
+    names = [name for table in tables for name in table.values()]
+    return frozenset(chain.from_iterable((n,) if isinstance(n, str) else n for n in names))
+
+
+def _check_tokenizer_class(view: Path, label: str) -> bool:
+    """Refuses a class that is no tokenizer; tells whether there is a configuration to go by."""
+    from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    kind = None
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = read_settings(view / name) if (view / name).exists() else {}
+        kind = kind or settings.get("model_type")
+        wanted = settings.get("tokenizer_class")
+        found = tokenizer_class_from_name(wanted) if isinstance(wanted, str) else wanted
+        is_class = isinstance(found, type)
+        # A stand-in for a class that needs a package which is not installed says so itself.
+        if (
+            found is not None
+            and not (is_class and issubclass(found, PreTrainedTokenizerBase))
+            and "dummy" not in getattr(found, "__module__", "")
+        ):
+            raise ModelError(
+                "model.no-tokenizer",
+                label,
+                found=f"tokenizer_class {str(wanted)[:100]!r}",
+                expected="the name of a tokenizer of transformers",
+            )
+    return kind in CONFIG_MAPPING
 
 
 def _load_error(source: ModelSource, error: Exception, code: str, expected: str) -> ModelError:
