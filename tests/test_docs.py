@@ -10,7 +10,8 @@ import tunesmith
 from tunesmith.config.load import recipe_from
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = re.compile(r'"((?:recipe|data|model|run|checkpoint|numbers|memory|disk|lock|archive|path)\.[a-z]+(?:-[a-z]+)*)"')
+FAMILIES = "recipe|data|model|run|checkpoint|numbers|memory|disk|lock|archive|path"
+CODE = re.compile(rf'"((?:{FAMILIES})\.[a-z]+(?:-[a-z]+)*)"')
 
 
 def raised_codes() -> set[str]:

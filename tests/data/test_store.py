@@ -513,6 +513,9 @@ def test_meta_names_the_files(store_of: Callable[..., TokenStore], tmp_path: Pat
     store = store_of(make_rows(1))
     meta = json.loads((store.folder / "meta.json").read_text(encoding="utf-8"))
     assert meta.pop("content_key") == store.content_key
+    fingerprints = meta.pop("fingerprints")
+    assert {"tokenizer", "chat template", "data.jsonl"} < set(fingerprints)
+    assert fingerprints == store.fingerprints
     assert meta == {
         "files": [[str(tmp_path / "data.jsonl"), None]],
         "notes": {},

@@ -45,7 +45,7 @@ def test_the_table_is_made_of_results(tmp_path: Path) -> None:
     made = table(results)
     assert "1 tests passed, 1 failed." in made
     assert "| 2 | SIGKILL in epoch 2 and 3 |" in made
-    page = write_page(f"# Title\n{BEGIN}\nold\n{END}\nafter\n", made)
+    page = write_page(f"# Title\n{BEGIN}\nyesterday\n{END}\nafter\n", made)
     assert page.startswith("# Title\n")
     assert page.endswith(f"{END}\nafter\n")
-    assert "old" not in page
+    assert "yesterday" not in page

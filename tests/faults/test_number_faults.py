@@ -74,7 +74,7 @@ def test_row_36_one_spike_of_the_loss(make_place: Callable[..., Place], tmp_path
 def test_row_12_guards_decide_the_same_after_a_resume(
     make_place: Callable[..., Place], tmp_path: Path
 ) -> None:
-    """A spike before and one after a SIGKILL: the same steps are skipped, the same bits come out."""
+    """A spike before and one after a SIGKILL: the same steps are skipped, the same bits follow."""
     spikes = "step.micro:step=9:scale:10,step.micro:step=15:scale:10"
     whole = make_place(tmp_path / "whole", **GUARDED)
     assert whole.train(fault=spikes) == 0

@@ -175,12 +175,12 @@ class Checkpoints:
             DiskError: there is no room (`disk.full`).
         """
         num_bytes = num_bytes or 5 * self.weights.num_bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
+        place = self.folder if self.folder.is_dir() else self.folder.parent
         try:
-            require_space(self.folder, num_bytes)
+            require_space(place, num_bytes)
         except DiskError:
             self._rotate(None, keep=1)
-            require_space(self.folder, num_bytes)
+            require_space(place, num_bytes)
 
     def latest(self, warn: Warn) -> Path | None:
         """The newest whole checkpoint, or None if there is none at all.
