@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -47,7 +47,8 @@ from tunesmith.model.memory import (
     refine_needs,
 )
 from tunesmith.model.quantize import check_method
-from tunesmith.types import Json, PackedBatch, Reporter, Tokenizer
+from tunesmith.ops.memory_errors import is_out_of_memory
+from tunesmith.types import Json, Reporter, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -244,8 +245,13 @@ def fit_memory(job: Job, measure: Callable[[int], StepBytes]) -> Job:
     if not is_open or not (is_tight or job.device.kind == "cuda"):
         return job
     sizes = (64, 192) if job.device.kind == "cpu" else (1024, 3072)
-    facts = replace(job.facts, needs=refine_needs(job.facts.needs, measure, sizes))
-    return _replan(job, facts)
+    try:
+        needs = refine_needs(job.facts.needs, measure, sizes)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return job  # two steps with nothing recomputed are too much: the estimate must do
+    return _replan(job, replace(job.facts, needs=needs))
 
 
 def _replan(job: Job, facts: Facts) -> Job:
@@ -318,19 +324,18 @@ def _split(
     return loader, split
 
 
-def validation_batches(job: Job, loader: Loader) -> Callable[[int], Iterable[PackedBatch]] | None:
-    """Gives the batches to validate on, for a budget of tokens; None if nothing is held out."""
+def validation_loader(job: Job, loader: Loader) -> Loader | None:
+    """The loader of what is held out; None if nothing is."""
     split = job.split
     if not len(split.validation):
         return None
-    held_out = replace(
+    return replace(
         loader,
         store=split.validation_store,
         samples=split.validation,
         shares=(),
         mix="shuffle",
     )
-    return lambda tokens: replace(held_out, micro_batch_tokens=tokens).all_batches()
 
 
 def overview(job: Job, asked: Recipe, more_notes: Sequence[str] = ()) -> dict[str, Json]:

@@ -24,9 +24,10 @@ from tunesmith.engine.state import TrainState
 from tunesmith.engine.step import Run
 from tunesmith.evaluate.plots import plot_loss
 from tunesmith.export.result import result_card, write_result
+from tunesmith.io.atomic import sweep_temporaries
 from tunesmith.io.fault import fault
 from tunesmith.io.lock import directory_lock
-from tunesmith.job import Job, fit_memory, overview, prepare, validation_batches
+from tunesmith.job import Job, fit_memory, overview, prepare, validation_loader
 from tunesmith.model.adapters import TrainedWeights
 from tunesmith.model.build import build_model
 from tunesmith.model.device import HeapTrimmer, PeakMemory, prepare_machine
@@ -57,13 +58,14 @@ def train(
     reporter = reporter or SilentReporter()
     run_dir = open_run(loaded.recipe, restart=restart, allow_changes=allow_changes)
     with directory_lock(run_dir.path), StopSignal(str(run_dir.path)) as stop:
+        sweep_temporaries(run_dir.path)
         if run_dir.summary is not None:
             return run_dir, run_dir.summary
         job = prepare(loaded, reporter, run_dir.resolved(loaded.recipe))
         with open_session(run_dir, stop, loaded.recipe.guard, listeners) as session:
             run, job, notes = build(job, session, reporter)
             run_dir.save_recipes(loaded.recipe, job.resolved.recipe, job.resolved.reasons)
-            state = restore(run, job.fingerprints, allow_changes=allow_changes)
+            state = restore(run, job.fingerprints, run_dir.changes, allow_changes=allow_changes)
             session.events.emit("start", state.step, overview(job, loaded.recipe, notes))
             peak = PeakMemory(job.device)
             peak.begin_phase()
@@ -101,10 +103,12 @@ def build(job: Job, session: Session, reporter: Reporter) -> tuple[Run, Job, tup
     # The cuts of shared prefixes move from epoch to epoch: a cached trunk would never find them.
     shares = job.loader.share_prefixes and not built.wants_trunk
     loader = replace(job.loader, share_prefixes=shares)
+    optimizer = build_optimizer(built.parameters, recipe.train)
     checkpoints = Checkpoints(
         session.run_dir.checkpoints,
         recipe.checkpoint.keep,
         TrainedWeights(built.model),
+        optimizer,
         in_background=recipe.checkpoint.background is True,
     )
     checkpoints.require_space()
@@ -113,9 +117,9 @@ def build(job: Job, session: Session, reporter: Reporter) -> tuple[Run, Job, tup
         model=built.model,
         parameters=built.parameters,
         objective=objective,
-        optimizer=build_optimizer(built.parameters, recipe.train),
+        optimizer=optimizer,
         loader=loader,
-        validation=validation_batches(job, loader),
+        validation=validation_loader(job, loader),
         checkpoints=checkpoints,
         events=session.events,
         stop=session.stop,

@@ -80,7 +80,7 @@ def as_bfloat16(run: Run, **optimizer: Any) -> Run:
 
 def validation_loss(run: Run) -> float:
     assert run.validation is not None
-    loss = evaluate_loss(run, run.validation(100_000))
+    loss = evaluate_loss(run, replace(run.validation, micro_batch_tokens=100_000).all_batches())
     assert loss is not None
     return loss
 

@@ -78,6 +78,14 @@ def test_row_13_other_weights_than_were_saved(place: Place) -> None:
     assert "lora" in place.printed.split("checkpoint.other-weights")[1]
 
 
+@pytest.mark.parametrize("change", ["method.rank=1", "train.optimizer=adamw_8bit"])
+def test_row_13_other_shapes_than_were_saved(place: Place, change: str) -> None:
+    """The rank or the optimizer was changed and allowed: nothing is stretched; exit 3."""
+    stop_at(place, 10)
+    assert place.train(change, "--allow-changes") == 3, place.printed[-2000:]
+    assert "checkpoint.other-weights" in place.printed
+
+
 def test_the_base_model_has_changed(place: Place, tmp_path: Path) -> None:
     """Another base under the same name: refused by what has changed."""
     import shutil

@@ -7,10 +7,11 @@ import os
 import resource
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from faults.runs import KILLED, Place, train_to_the_end
 from tunesmith.engine.checkpoint import Checkpoints
@@ -133,10 +134,20 @@ def test_row_22_a_real_limit_of_the_system(place: Place) -> None:
     assert not list(place.output.rglob(".tmp-*"))
 
 
+class NoOptimizer:
+    """An optimizer that remembers nothing."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        raise NotImplementedError
+
+
 class NoWeights:
     """Weights of a size that is only said."""
 
-    num_bytes = 10 << 20
+    num_bytes = 50 << 20
 
     def writer(self, *, copies: bool) -> Callable[[Path], None]:
         return lambda folder: None
@@ -152,12 +163,12 @@ def test_row_23_the_disk_is_too_small_at_the_start(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20 << 20))
     with pytest.raises(DiskError) as caught:
-        Checkpoints(tmp_path / "checkpoints", 2, NoWeights()).require_space()
+        Checkpoints(tmp_path / "checkpoints", 2, NoWeights(), NoOptimizer()).require_space()
     assert caught.value.code == "disk.full"
     assert "20.0 MiB" in caught.value.found
     assert "60.0 MiB" in caught.value.expected
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=61 << 20))
-    Checkpoints(tmp_path / "checkpoints", 2, NoWeights()).require_space()
+    Checkpoints(tmp_path / "checkpoints", 2, NoWeights(), NoOptimizer()).require_space()
 
 
 @slow
@@ -171,16 +182,16 @@ def test_row_25_a_save_in_the_background_fails(place: Place, oracle: Place) -> N
 
 def test_row_25_a_failure_that_stays_surfaces(tmp_path: Path) -> None:
     """The second try fails, too: the error comes out where training asks for the checkpoint."""
-    checkpoints = Checkpoints(tmp_path / "file" / "x", 2, NoWeights(), in_background=True)
+    checkpoints = Checkpoints(tmp_path / "file" / "x", 2, NoWeights(), NoOptimizer(), in_background=True)
     checkpoints.folder.mkdir(parents=True)
-    checkpoints.begin(TrainState({}, step=1), {}, is_scheduled=True)
+    checkpoints.begin(TrainState({}, step=1), is_scheduled=True)
     assert checkpoints.collect(print, wait=True) is not None
     shutil.rmtree(tmp_path / "file")
     (tmp_path / "file").write_text("in the way")
     said: list[str] = []
     save = checkpoints.begin
     with pytest.raises(OSError, match=r"file"):
-        save(TrainState({}, step=2), {}, is_scheduled=True)
+        save(TrainState({}, step=2), is_scheduled=True)
         checkpoints.collect(said.append, wait=True)
 
 

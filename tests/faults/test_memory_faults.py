@@ -13,11 +13,12 @@ import torch
 from engine.runs import make_run
 from faults.runs import KILLED, Place
 from tunesmith.engine.loop import fit
-from tunesmith.engine.oom import TooLargeError, is_out_of_memory, smaller_budget
+from tunesmith.engine.oom import TooLargeError, smaller_budget
 from tunesmith.engine.state import TrainState
 from tunesmith.engine.step import update
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.io.fault import arm
+from tunesmith.ops.memory_errors import is_out_of_memory
 
 slow = pytest.mark.slow
 
@@ -79,6 +80,20 @@ def test_row_40_memory_runs_out_in_evaluation(
     assert small.train(fault="eval.batch:tokens>200:oom") == 0, small.printed[-3000:]
     found = [[e["loss"] for e in p.events_of("evaluation")] for p in (large, small)]
     assert found[1] == pytest.approx(found[0], abs=1e-6)
+
+
+@slow
+def test_row_40_one_validation_sample_is_too_large(
+    make_place: Callable[..., Place], tmp_path: Path
+) -> None:
+    """A single row to validate on does not fit: exit 5 with the place in the validation file."""
+    place = make_place(tmp_path, **{**ONE_PACK, "evaluate": {"every": "epoch"}})
+    long = {"role": "assistant", "content": "long " * 80}
+    row = {"messages": [{"role": "user", "content": "q"}, long]}
+    (tmp_path / "held-out.jsonl").write_text(json.dumps(row) + "\n")
+    more = f"data.validation={tmp_path / 'held-out.jsonl'}"
+    assert place.train(more, fault="eval.batch:tokens>250:oom") == 5, place.printed[-3000:]
+    assert "held-out.jsonl:1: memory.one-sample" in place.printed.replace("\n", "")
 
 
 @slow

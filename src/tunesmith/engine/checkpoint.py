@@ -25,9 +25,22 @@ from tunesmith.errors import CheckpointError, DiskError
 from tunesmith.io.atomic import atomic_directory, format_bytes, require_space, sweep_temporaries
 from tunesmith.io.fault import fault
 from tunesmith.io.manifest import MANIFEST, find_damage, write_manifest
+from tunesmith.ops.memory_errors import is_out_of_memory
 
 Warn = Callable[[str], None]
 STATE, OPTIMIZER = "state.json", "optim.safetensors"
+
+
+class Optimizer(Protocol):
+    """What an optimizer remembers."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it, by name."""
+        ...
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what `tensors` gave; ValueError if it does not fit."""
+        ...
 
 
 class Weights(Protocol):
@@ -82,54 +95,62 @@ class Checkpoints:
         folder: where they are.
         keep: how many of the newest stay; the best and the last scheduled one stay besides.
         weights: of the model.
+        optimizer: of these weights.
         in_background: write them from a copy in memory while training goes on.
     """
 
     folder: Path
     keep: int
     weights: Weights
+    optimizer: Optimizer
     in_background: bool = False
     _pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), repr=False
     )
     _under_way: tuple[Save, Future[Path]] | None = field(default=None, repr=False)
 
-    def begin(
-        self, state: TrainState, optimizer: Mapping[str, torch.Tensor], *, is_scheduled: bool
-    ) -> None:
+    def begin(self, state: TrainState, *, is_scheduled: bool) -> None:
         """Starts a checkpoint of this step; `collect` says when it is there.
 
         Only the copying of its tensors is waited for, without `in_background` all of it.
 
         Args:
             state: of this step.
-            optimizer: its tensors.
             is_scheduled: the uninterrupted run saves at this step, too.
         """
-        num_bytes = self.weights.num_bytes + sum(t.nbytes for t in optimizer.values())
-        self.require_space(num_bytes)
-        copies = self.in_background
-        if copies:
-            optimizer = {
-                name: tensor.detach().to("cpu", copy=True) for name, tensor in optimizer.items()
-            }
+        try:
+            self.require_space()
+        except DiskError:
+            # What is newest was verified when it was read, or was written by this process.
+            self._rotate(state, keep=1)
+            self.require_space()
         target = self.folder / f"step-{state.step:08d}"
-        writer = self.weights.writer(copies=copies)
-        save = Save(target, state.copy(), is_scheduled, writer, optimizer)
-        self._under_way = (save, self._start(save))
-        if not copies:
-            self._under_way[1].exception()  # the tensors are the live ones: training must wait
+        parts = self._copies() if self.in_background else None
+        if parts is not None:
+            save = Save(target, state.copy(), is_scheduled, *parts)
+            self._under_way = (save, self._start(save))
+            return
+        live = (self.weights.writer(copies=False), self.optimizer.tensors())
+        save = Save(target, state.copy(), is_scheduled, *live)
+        self._under_way = (save, _done_now(save))  # training waits: the tensors are the live ones
+
+    def _copies(self) -> tuple[Callable[[Path], None], dict[str, torch.Tensor]] | None:
+        """Weights and optimizer as they are at this moment; None if memory does not suffice."""
+        try:
+            tensors = self.optimizer.tensors()
+            copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+            return self.weights.writer(copies=True), copies
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     def _start(self, save: Save) -> Future[Path]:
         try:
             return self._pool.submit(save.write)
-        except RuntimeError:  # no memory for a thread
-            done: Future[Path] = Future()
-            try:
-                done.set_result(save.write())
-            except DiskError as error:
-                done.set_exception(error)
-            return done
+        except RuntimeError:  # no memory for a thread; what was queued must not run later
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            return _done_now(save)
 
     def collect(self, warn: Warn, *, wait: bool) -> Path | None:
         """The checkpoint that was begun, once it is written; None if none is, or it goes on.
@@ -156,31 +177,27 @@ class Checkpoints:
         try:
             return save.write()
         except DiskError as error:
-            num_bytes = self.weights.num_bytes + sum(t.nbytes for t in save.optimizer.values())
             raise DiskError(
                 error.code,
                 str(save.target),
                 found=f"{error.found}, twice; the checkpoints before it are whole",
-                expected=f"room for {format_bytes(num_bytes)}",
+                expected=f"room for {format_bytes(self.num_bytes)}",
                 try_="free some space and run the same command again",
             ) from error
 
-    def require_space(self, num_bytes: int | None = None) -> None:
-        """Makes sure that a checkpoint has room; old ones go first if it has not.
+    @property
+    def num_bytes(self) -> int:
+        """Of one checkpoint, but for a few KiB."""
+        return self.weights.num_bytes + sum(t.nbytes for t in self.optimizer.tensors().values())
 
-        Args:
-            num_bytes: of the checkpoint; by default of the weights with two moments each.
+    def require_space(self) -> None:
+        """Makes sure that a checkpoint has room.
 
         Raises:
             DiskError: there is no room (`disk.full`).
         """
-        num_bytes = num_bytes or 5 * self.weights.num_bytes
         place = self.folder if self.folder.is_dir() else self.folder.parent
-        try:
-            require_space(place, num_bytes)
-        except DiskError:
-            self._rotate(None, keep=1)
-            require_space(place, num_bytes)
+        require_space(place, self.num_bytes)
 
     def latest(self, warn: Warn) -> Path | None:
         """The newest whole checkpoint, or None if there is none at all.
@@ -219,15 +236,17 @@ class Checkpoints:
         paths = (path for path in reversed(self.paths()) if _is_scheduled(path))
         return next((path for path in paths if find_damage(path) is None), None)
 
-    def load(self, path: Path) -> tuple[TrainState, dict[str, torch.Tensor]]:
-        """Copies the weights into the model; returns the state and the optimizer's tensors.
+    def load(self, path: Path) -> TrainState:
+        """Copies weights and optimizer states back; returns the state.
 
         Raises:
             CheckpointError: it holds other weights than the model trains
-                (`checkpoint.other-weights`).
+                (`checkpoint.other-weights`), or is of another version (`checkpoint.version`).
         """
+        state, tensors = read_state(path), load_file(path / OPTIMIZER)
         try:
             self.weights.load(path)
+            self.optimizer.restore(tensors)
         except ValueError as error:
             raise CheckpointError(
                 "checkpoint.other-weights",
@@ -236,7 +255,7 @@ class Checkpoints:
                 expected="the weights that this recipe trains",
                 try_="the recipe it was made with, or --restart",
             ) from error
-        return read_state(path), load_file(path / OPTIMIZER)
+        return state
 
     def load_best(self, step: int, warn: Warn) -> bool:
         """Copies the weights of a step's checkpoint into the model if it is whole, else warns."""
@@ -250,7 +269,18 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Checkpoint directories, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if path.suffix == "")
+        found = (path for path in self.folder.glob("step-*") if path.suffix == "")
+        return sorted(path for path in found if path.is_dir())
+
+    def is_scheduled(self, step: int) -> bool:
+        """Whether there is a checkpoint of a step that the uninterrupted run has, too."""
+        return _is_scheduled(self.folder / f"step-{step:08d}")
+
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps, which a rollback undoes."""
+        for path in self.paths():
+            if path.name > f"step-{step:08d}":
+                _remove(path)
 
     def _rotate(self, state: TrainState | None, keep: int) -> None:
         paths = self.paths()
@@ -267,14 +297,36 @@ class Checkpoints:
 
 
 def read_state(path: Path) -> TrainState:
-    """The state in a checkpoint."""
-    return TrainState.from_json((path / STATE).read_text(encoding="utf-8"))
+    """The state in a checkpoint.
+
+    Raises:
+        CheckpointError: it is of another version of tunesmith (`checkpoint.version`).
+    """
+    try:
+        return TrainState.from_json((path / STATE).read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            "checkpoint.version",
+            str(path / STATE),
+            found=f"a state with other fields ({error})",
+            expected="one that this version of tunesmith wrote",
+            try_="the version it was made with, or --restart",
+        ) from error
 
 
 def _state_if_readable(path: Path) -> TrainState | None:
-    with suppress(OSError, ValueError, TypeError, KeyError):  # a half-removed or damaged one
+    with suppress(OSError):  # a half-removed, a damaged one, one of another version
         return read_state(path)
     return None
+
+
+def _done_now(save: Save) -> Future[Path]:
+    done: Future[Path] = Future()
+    try:
+        done.set_result(save.write())
+    except DiskError as error:
+        done.set_exception(error)
+    return done
 
 
 def _is_scheduled(path: Path) -> bool:

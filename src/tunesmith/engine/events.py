@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +37,8 @@ class EventLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written has been told
+            self._file.close()
 
     def emit(self, kind: EventKind, step: int, data: Mapping[str, Json] | None = None) -> None:
         """Writes one event and tells the listeners.
@@ -47,12 +50,24 @@ class EventLog:
         line: dict[str, Json] = {"event": kind, "step": step, "time": round(event.time, 3)}
         try:
             fault("log.emit", step=step)
-            self._file.write(json.dumps({**line, **event.data}, ensure_ascii=False) + "\n")
+            text = json.dumps({**line, **_finite(event.data)}, ensure_ascii=False, allow_nan=False)
+            self._file.write(text + "\n")
             self._file.flush()
         except OSError as error:
             raise disk_error(self._path, error) from error
         for listener in self._listeners:
-            listener(event)
+            try:
+                listener(event)
+            except OSError as error:  # a terminal that went away must not end a run
+                self._listeners = tuple(each for each in self._listeners if each is not listener)
+                message = f"a listener was dropped: {error}"
+                self.emit("warning", step, {"message": message})
+
+
+def _finite(data: Mapping[str, Json]) -> dict[str, Json]:
+    """NaN and infinity are no JSON: they are written as null."""
+    is_odd = {key: isinstance(v, float) and not math.isfinite(v) for key, v in data.items()}
+    return {key: None if is_odd[key] else value for key, value in data.items()}
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

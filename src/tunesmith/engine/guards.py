@@ -18,8 +18,8 @@ LAG_STEPS = 1
 """The loss of the step just before is not looked at: on an accelerator it has not arrived yet, and
 what is skipped must not depend on the device."""
 
-LEAST_DEVIATION = 0.05
-"""Of the mean: losses that hardly vary would make a spike of anything."""
+LEAST_SHARE, LEAST_DEVIATION = 0.05, 0.02
+"""Of the mean, and in nats: losses that hardly vary would make a spike of anything."""
 
 
 def highest_loss(state: TrainState, step: int, guard: GuardConfig) -> float:
@@ -36,23 +36,29 @@ def highest_loss(state: TrainState, step: int, guard: GuardConfig) -> float:
         return math.inf
     mean = math.fsum(known) / len(known)
     variance = math.fsum((loss - mean) ** 2 for loss in known) / len(known)
-    deviation = max(math.sqrt(variance), LEAST_DEVIATION * abs(mean))
+    deviation = max(math.sqrt(variance), LEAST_SHARE * abs(mean), LEAST_DEVIATION)
     return mean + guard.spike_sigma * deviation
 
 
 def record_loss(state: TrainState, step: int, loss: float, guard: GuardConfig) -> None:
     """Takes the loss of a step in that was learned from."""
-    state.bad_steps.clear()
+    state.bad_steps, state.bad_are_finite = [], True
     state.num_learned += 1
     state.loss_sum += loss
     state.recent_losses.append((step, loss))
     del state.recent_losses[: -(guard.window_steps + LAG_STEPS)]
 
 
-def record_skip(state: TrainState, sample_ids: tuple[int, ...]) -> None:
-    """Takes a step in whose numbers were bad."""
+def record_skip(state: TrainState, sample_ids: tuple[int, ...], *, is_finite: bool) -> None:
+    """Takes a step in whose numbers were bad: only too high, or not even finite."""
     state.num_skipped += 1
     state.bad_steps.append(sample_ids)
+    state.bad_are_finite = state.bad_are_finite and is_finite
+
+
+def accept_losses(state: TrainState) -> None:
+    """Learns from high losses again: the data has become harder, and will not be what it was."""
+    state.bad_steps, state.recent_losses = [], []
 
 
 def must_roll_back(state: TrainState, guard: GuardConfig) -> bool:
@@ -70,7 +76,7 @@ def rolled_back(state: TrainState, target: TrainState | None) -> TrainState:
     """
     bad = {sample for step in state.bad_steps for sample in step}
     new = (target or state).copy()
-    new.bad_steps = []
+    new.bad_steps, new.bad_are_finite = [], True
     new.excluded = sorted({*state.excluded, *bad})
     new.num_rollbacks = state.num_rollbacks + 1
     new.num_skipped = state.num_skipped

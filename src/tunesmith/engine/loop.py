@@ -7,37 +7,49 @@ has learned is saved first.
 
 from __future__ import annotations
 
-import gc
+import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from tunesmith.config.auto import number
 from tunesmith.data.loader import Loader
 from tunesmith.engine.guards import (
+    accept_losses,
     highest_loss,
     must_roll_back,
     record_loss,
     record_skip,
     rolled_back,
 )
-from tunesmith.engine.oom import TooLargeError, smaller_budget
+from tunesmith.engine.oom import TooLargeError, free_memory, smaller_budget
 from tunesmith.engine.prefetch import prefetch_steps
 from tunesmith.engine.readback import Arrival, Readback, open_readback
 from tunesmith.engine.schedule import learning_rate_at
 from tunesmith.engine.state import TrainState
-from tunesmith.engine.step import Run, evaluate_loss, update
-from tunesmith.errors import Interrupted, NumbersError, OutOfMemoryError, RunError, TunesmithError
+from tunesmith.engine.step import Run, update
+from tunesmith.engine.validation import (
+    MOST_PLACES,
+    evaluate,
+    evaluation_is_due,
+    loader_of,
+    stops_early,
+    too_large,
+)
+from tunesmith.errors import (
+    DiskError,
+    Interrupted,
+    NumbersError,
+    RunError,
+    TunesmithError,
+)
 from tunesmith.types import GlobalBatch, Json
 
 MOST_EXCLUDED = 0.5
 """Share of the samples: if more are bad, it is not the samples."""
-
-MOST_PLACES = 8
-"""Samples that a message names."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +67,30 @@ class Progress:
     Args:
         state: of the run.
         saved_step: of the newest checkpoint, None if there is none.
+        is_scheduled: whether the uninterrupted run has that checkpoint, too.
         numbers: of steps whose numbers are on their way.
     """
 
     state: TrainState
     saved_step: int | None
+    is_scheduled: bool
     numbers: Readback[StepNote]
 
 
-def restore(run: Run, fingerprints: dict[str, str], *, allow_changes: bool = False) -> TrainState:
+def restore(
+    run: Run,
+    fingerprints: dict[str, str],
+    recipe_changes: Sequence[str] = (),
+    *,
+    allow_changes: bool = False,
+) -> TrainState:
     """The state of the newest whole checkpoint, with weights and optimizer put back, or a new one.
 
     Args:
         run: whose model and optimizer take what is read.
         fingerprints: of model and data as they are now.
-        allow_changes: go on even if these differ from the run's beginning.
+        recipe_changes: what the recipe asks for otherwise: then the guards begin anew.
+        allow_changes: go on even if the fingerprints differ from the run's beginning.
 
     Raises:
         CheckpointError: all checkpoints are broken, or hold other weights.
@@ -82,7 +103,7 @@ def restore(run: Run, fingerprints: dict[str, str], *, allow_changes: bool = Fal
         run.events.emit("warning", 0, {"message": text})
     if path is None:
         return TrainState(fingerprints)
-    state, tensors = run.checkpoints.load(path)
+    state = run.checkpoints.load(path)
     changed = state.differing(fingerprints)
     if changed and not allow_changes:
         raise RunError(
@@ -92,9 +113,10 @@ def restore(run: Run, fingerprints: dict[str, str], *, allow_changes: bool = Fal
             expected="the same, to go on exactly",
             try_="--allow-changes goes on all the same, --restart trains anew",
         )
-    if allow_changes:
-        state.fingerprints, state.num_rollbacks, state.bad_steps = fingerprints, 0, []
-    run.optimizer.restore(tensors)
+    if changed:
+        state.fingerprints, state.excluded = fingerprints, []  # other rows have these numbers now
+    if changed or recipe_changes:
+        state.num_rollbacks, state.bad_steps = 0, []
     facts: dict[str, Json] = {"checkpoint": path.name, "changed": list(changed)}
     run.events.emit("resume", state.step, facts)
     return state
@@ -110,19 +132,14 @@ def fit(run: Run, state: TrainState) -> TrainState:
         DiskError: a checkpoint could not be written, twice.
     """
     numbers = open_readback(run.device, StepNote)
-    progress = Progress(state, state.step if state.step else None, numbers)
+    saved_step = state.step if state.step else None
+    progress = Progress(state, saved_step, run.checkpoints.is_scheduled(state.step), numbers)
     with _last_words(run, progress):
         while not _train_on(run, progress):
             # A rollback or a lack of memory: the batches from here on are other ones.
             run.watchdog.beat("data", progress.state.step)
         _collect(run, progress.state, wait=True)
     return progress.state
-
-
-def loader_of(run: Run, state: TrainState) -> Loader:
-    """The loader as the state wants it: without what is excluded, in batches that fit."""
-    tokens = state.micro_batch_tokens or run.loader.micro_batch_tokens
-    return replace(run.loader, micro_batch_tokens=tokens, excluded=frozenset(state.excluded))
 
 
 def _train_on(run: Run, progress: Progress) -> bool:
@@ -141,21 +158,26 @@ def _train_on(run: Run, progress: Progress) -> bool:
             note = StepNote(state.step, next(batches))
             started = time.perf_counter()
             run.watchdog.beat("step", state.step, _places(run, note.batch.sample_ids))
-            try:
-                found = update(run, note.batch, note.step, highest_loss=_limit(run, state))
-            except TooLargeError as problem:
+            found = _update(run, note, state)
+            if isinstance(found, TooLargeError):
                 _record(run, state, numbers.drain())
-                _take_less(run, state, loader, problem)
+                _take_less(run, state, loader, found)
                 return False
             if found is not None:
                 numbers.put(note, found, started)
                 state.step += 1
+                run.optimizer.is_updating = False
                 _record(run, state, numbers.ready())
                 run.after_step()
 
 
-def _limit(run: Run, state: TrainState) -> float:
-    return highest_loss(state, state.step, run.recipe.guard)
+def _update(run: Run, note: StepNote, state: TrainState) -> torch.Tensor | TooLargeError | None:
+    limit = highest_loss(state, note.step, run.recipe.guard)
+    try:
+        return update(run, note.batch, note.step, highest_loss=limit)
+    except TooLargeError as problem:
+        # Without the frames, which hold all that the forward kept: it must be gone before a retry.
+        return problem.with_traceback(None)
 
 
 def _between_steps(run: Run, progress: Progress) -> bool:
@@ -163,21 +185,23 @@ def _between_steps(run: Run, progress: Progress) -> bool:
     state, numbers = progress.state, progress.numbers
     _collect(run, state, wait=False)
     is_last = state.step >= run.num_steps
-    is_best = False
-    if _evaluation_is_due(run, state, is_last=is_last):
+    if evaluation_is_due(run, state, is_last=is_last):
         _record(run, state, numbers.drain())
-        is_best = _evaluate(run, state)
-    is_last = is_last or _stops_early(run, state)
+        evaluate(run, state)
+    is_last = is_last or stops_early(run, state)
     is_stopping = run.stop.received is not None
+    is_best = state.step > 0 and state.best_step == state.step
     is_scheduled = is_last or is_best or _save_is_scheduled(run, state)
-    is_asked = _save_is_asked(run, state)
-    if progress.saved_step != state.step and (is_scheduled or is_asked):
+    is_saved = progress.saved_step == state.step
+    # A signal or an error may have saved this step before the uninterrupted run would have.
+    is_due = is_scheduled and not (is_saved and progress.is_scheduled)
+    if is_due or (_save_is_asked(run, state) and not is_saved):
         _record(run, state, numbers.drain())
         # What is about to be rolled back is not worth keeping.
         if not must_roll_back(state, run.recipe.guard):
             is_scheduled = is_scheduled and not state.bad_steps
             _save(run, progress, is_scheduled=is_scheduled, wait=is_stopping)
-    is_unmeasured = _evaluation_is_due(run, state, is_last=is_last)
+    is_unmeasured = evaluation_is_due(run, state, is_last=is_last)
     # Not saved: the signal came a moment ago; the next time around it is.
     is_saved = progress.saved_step == state.step or not state.step
     if is_stopping and is_saved and (not is_last or is_unmeasured):
@@ -195,6 +219,8 @@ def _last_words(run: Run, progress: Progress) -> Generator[None]:
         is_broken = False
     except (Interrupted, NumbersError):  # after a save; of what must not be saved
         is_broken = False
+        with suppress(DiskError):
+            _collect(run, progress.state, wait=True)
         raise
     finally:
         if is_broken:
@@ -204,7 +230,7 @@ def _last_words(run: Run, progress: Progress) -> Generator[None]:
 def _save_last_step(run: Run, progress: Progress) -> None:
     state = progress.state
     # What broke the loop is what the user must see, not that its last words failed, too.
-    with suppress(TunesmithError, OSError, RuntimeError):
+    with suppress(TunesmithError, OSError, RuntimeError, MemoryError):
         _record(run, state, progress.numbers.drain())
         _collect(run, state, wait=True)
         if state.step and progress.saved_step != state.step and not run.optimizer.is_updating:
@@ -234,8 +260,9 @@ def _record(run: Run, state: TrainState, steps: Iterator[Arrival[StepNote]]) -> 
         elif is_good:
             record_loss(state, step, loss, run.recipe.guard)
         else:
-            _say_skipped(run, state, arrival)
-            record_skip(state, batch.sample_ids)
+            limit = highest_loss(state, step, run.recipe.guard)
+            record_skip(state, batch.sample_ids, is_finite=math.isfinite(loss + norm))
+            _say_skipped(run, arrival, limit)
         if done % run.recipe.log.every_steps == 0 or done == run.num_steps:
             data: dict[str, Json] = {
                 "epoch": round(done / run.loader.steps_per_epoch, 4),
@@ -249,9 +276,8 @@ def _record(run: Run, state: TrainState, steps: Iterator[Arrival[StepNote]]) -> 
             run.events.emit("step", done, data)
 
 
-def _say_skipped(run: Run, state: TrainState, arrival: Arrival[StepNote]) -> None:
+def _say_skipped(run: Run, arrival: Arrival[StepNote], limit: float) -> None:
     step, (loss, norm, _) = arrival.about.step, arrival.numbers
-    limit = highest_loss(state, step, run.recipe.guard)
     reason = f"the loss leaps above {limit:.4g}" if loss > limit else "not finite"
     places = _places(run, arrival.about.batch.sample_ids)
     message = f"step {step + 1} is not learned from: loss {loss:.4g}, gradient norm {norm:.4g}"
@@ -271,10 +297,18 @@ def _roll_back(run: Run, progress: Progress) -> None:
         NumbersError: that was done often enough (`numbers.bad-steps`).
     """
     state = progress.state
-    guard, bad = run.recipe.guard, [sample for step in state.bad_steps for sample in step]
+    guard = run.recipe.guard
+    # Not a step more than the uninterrupted run knows of, whose numbers may come later.
+    state.bad_steps = state.bad_steps[: guard.rollback_after]
+    bad = [sample for step in state.bad_steps for sample in step]
     places = ", ".join(_places(run, bad))
     is_hopeless = len({*bad, *state.excluded}) > MOST_EXCLUDED * len(run.loader.samples)
     if state.num_rollbacks >= guard.rollbacks or is_hopeless:
+        if state.bad_are_finite:
+            accept_losses(state)
+            message = "losses stay as high as those left out: they are learned from again"
+            run.events.emit("warning", state.step, {"message": f"{message} (samples {places})"})
+            return
         raise NumbersError(
             "numbers.bad-steps",
             f"step {state.step}",
@@ -287,14 +321,15 @@ def _roll_back(run: Run, progress: Progress) -> None:
     path = run.checkpoints.latest_scheduled()
     target = None
     if path is not None:
-        target, tensors = run.checkpoints.load(path)
-        run.optimizer.restore(tensors)
+        target = run.checkpoints.load(path)
+        run.checkpoints.remove_after(target.step)
     new = rolled_back(state, target)
+    progress.state = new
+    progress.saved_step, progress.is_scheduled = (new.step, True) if target else (None, False)
+    progress.numbers = open_readback(run.device, StepNote)  # of steps that are no more
     back = f"back to step {new.step}" if target is not None else "going on"
     message = f"{len(state.bad_steps)} bad steps in a row: {back} without samples {places}"
     run.events.emit("rollback", state.step, {"to": new.step, "message": message})
-    progress.state = new
-    progress.saved_step = new.step if target is not None else None
 
 
 def _take_less(run: Run, state: TrainState, loader: Loader, problem: TooLargeError) -> None:
@@ -306,61 +341,11 @@ def _take_less(run: Run, state: TrainState, loader: Loader, problem: TooLargeErr
     tokens = problem.batch.num_stored_tokens
     budget = smaller_budget(loader, state.step, tokens)
     if budget is None:
-        samples = list(dict.fromkeys(problem.batch.sample_N.tolist()))
-        needed = problem.asked or f"about {run.peak_bytes(tokens) / 2**30:.2f} GiB in all"
-        raise OutOfMemoryError(
-            "memory.one-sample",
-            ", ".join(_places(run, samples)),
-            found=f"no memory for its {tokens:,} tokens (needed: {needed})",
-            expected="a sample that fits",
-            try_="train.checkpointing=full, a smaller data.max_length, or model.quantize=nf4",
-        )
-    gc.collect()
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
+        raise too_large(run, loader, problem)
+    free_memory(run.device)
     state.micro_batch_tokens = budget
     message = f"out of memory at {tokens:,} tokens at once: at most {budget:,} from now on"
     run.events.emit("warning", state.step, {"message": f"{message}, the same samples in a step"})
-
-
-# Validation
-
-
-def _evaluation_is_due(run: Run, state: TrainState, *, is_last: bool) -> bool:
-    if run.validation is None or state.evaluated_step == state.step:
-        return False
-    every = run.recipe.evaluate.every
-    if state.step == 0 or is_last:
-        return True
-    if every is None:
-        return False
-    period = run.loader.steps_per_epoch if every == "epoch" else every
-    return state.step % period == 0
-
-
-def _evaluate(run: Run, state: TrainState) -> bool:
-    """Runs validation; True if it is the best so far."""
-    if run.validation is None:
-        return False
-    started = time.perf_counter()
-    loader = loader_of(run, state)
-    try:
-        batches = run.validation(loader.micro_batch_tokens)
-        loss = evaluate_loss(run, batches, lambda: run.stop.received is not None)
-    except TooLargeError as problem:
-        _take_less(run, state, loader, problem)
-        return _evaluate(run, state)
-    if loss is None:
-        return False
-    is_best = state.record_evaluation(loss)
-    seconds = round(time.perf_counter() - started, 2)
-    run.events.emit("evaluation", state.step, {"loss": loss, "best": is_best, "seconds": seconds})
-    return is_best
-
-
-def _stops_early(run: Run, state: TrainState) -> bool:
-    patience = run.recipe.evaluate.early_stopping
-    return patience is not None and state.evaluations_without_best >= patience
 
 
 # Checkpoints
@@ -382,8 +367,8 @@ def _save(run: Run, progress: Progress, *, is_scheduled: bool, wait: bool) -> No
     state = progress.state
     with run.watchdog.during("save", state.step):
         _collect(run, state, wait=True)
-        run.checkpoints.begin(state, run.optimizer.tensors(), is_scheduled=is_scheduled)
-        progress.saved_step = state.step
+        run.checkpoints.begin(state, is_scheduled=is_scheduled)
+        progress.saved_step, progress.is_scheduled = state.step, is_scheduled
         _collect(run, state, wait=wait)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from dataclasses import replace
 
@@ -13,7 +14,6 @@ from tunesmith.types import PackedBatch
 SMALLEST_TOKENS = 8
 """A budget that small makes every sequence a micro-batch of its own."""
 
-_CPU_SAYS = re.compile(r"can't allocate memory|cannot allocate memory|DefaultCPUAllocator", re.I)
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
 
 
@@ -32,11 +32,11 @@ class TooLargeError(Exception):
         self.asked = asked[1] if asked else None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is used up, on any device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and _CPU_SAYS.search(str(error)) is not None
+def free_memory(device: torch.device) -> None:
+    """Gives back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def smaller_budget(loader: Loader, step: int, failed_tokens: int) -> int | None:

@@ -45,9 +45,15 @@ LEFT_BY_A_START = ("recipe.resolved.yaml", "events.jsonl", "heartbeat.json", "st
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of one run."""
+    """Paths of one run.
+
+    Args:
+        path: the directory.
+        changes: what is asked for otherwise than at the start before, and changes numbers.
+    """
 
     path: Path
+    changes: tuple[str, ...] = ()
 
     @property
     def events(self) -> Path:
@@ -147,7 +153,7 @@ def open_run(recipe: Recipe, *, restart: bool = False, allow_changes: bool = Fal
             try_="--allow-changes goes on all the same, --restart trains anew (the old run is kept "
             "aside), another `output` keeps both",
         )
-    return RunDirectory(path)
+    return RunDirectory(path, tuple(refused))
 
 
 def _without_secrets(recipe: Recipe) -> Recipe:

@@ -35,6 +35,8 @@ class TrainState:
     """(step, loss) of the last steps that were learned from, for what counts as a spike."""
     bad_steps: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
     """Sample ids of the steps left out in a row, up to now."""
+    bad_are_finite: bool = True
+    """Whether these were only too high."""
     num_learned: int = 0
     """Steps that changed weights."""
     num_skipped: int = 0
@@ -44,6 +46,8 @@ class TrainState:
     excluded: list[int] = field(default_factory=list[int])
     """Samples that are no longer trained on, since a rollback."""
     num_rollbacks: int = 0
+    validation_tokens: int | None = None
+    """The budget of validation since memory ran out there; None is that of training."""
     micro_batch_tokens: int | None = None
     """The budget of a micro-batch since memory ran out; None is what was planned."""
 

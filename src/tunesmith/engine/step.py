@@ -19,7 +19,7 @@ from tunesmith.config.recipe import Recipe
 from tunesmith.data.loader import Loader
 from tunesmith.engine.checkpoint import Checkpoints
 from tunesmith.engine.events import EventLog
-from tunesmith.engine.oom import TooLargeError, is_out_of_memory
+from tunesmith.engine.oom import TooLargeError
 from tunesmith.engine.prefetch import prefetch_validation
 from tunesmith.engine.readback import open_readback
 from tunesmith.engine.rng import seed_step
@@ -28,6 +28,7 @@ from tunesmith.engine.signals import StopSignal
 from tunesmith.engine.watchdog import Watchdog
 from tunesmith.io.fault import fault
 from tunesmith.objectives.base import Objective
+from tunesmith.ops.memory_errors import is_out_of_memory
 from tunesmith.ops.optim import FlatAdamW
 from tunesmith.types import GlobalBatch, PackedBatch
 
@@ -36,8 +37,8 @@ from tunesmith.types import GlobalBatch, PackedBatch
 class Run:
     """All parts of a run, put together by `train.py`.
 
-    `validation` gives the validation batches anew on each call, for a budget of tokens at once, or
-    is None. `peak_bytes` predicts the memory of a micro-batch of so many tokens.
+    `validation` is the loader of what is held out, or None; `peak_bytes` predicts the memory of a
+    micro-batch of so many tokens.
     """
 
     recipe: Recipe
@@ -46,7 +47,7 @@ class Run:
     objective: Objective
     optimizer: FlatAdamW
     loader: Loader
-    validation: Callable[[int], Iterable[PackedBatch]] | None
+    validation: Loader | None
     checkpoints: Checkpoints
     events: EventLog
     stop: StopSignal

@@ -15,8 +15,9 @@ def plot_loss(events: list[dict[str, Any]], file: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps = [event for event in events if event["event"] == "step"]
-    measured = [event for event in events if event["event"] == "evaluation"]
+    known = [event for event in events if event.get("loss") is not None]  # null: not finite
+    steps = [event for event in known if event["event"] == "step"]
+    measured = [event for event in known if event["event"] == "evaluation"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -42,6 +42,8 @@ def find_damage(folder: Path) -> str | None:
         return _find_damaged_file(folder, files)
     except FileNotFoundError:
         return "it has no manifest: the save did not finish"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest cannot be read"
 

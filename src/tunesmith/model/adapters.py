@@ -181,7 +181,8 @@ def load_weights(model: Any, folder: Path) -> None:
     """Copies weights written by `save_weights` or `save_trained` into the model, bit for bit.
 
     Raises:
-        ValueError: a weight that is trained is missing, or the model has no weight of a name; a
+        ValueError: a weight that is trained is missing or has another shape, or the model has no
+            weight of a name; a
             ModelError if a file does not fit its header (`model.bad-safetensors`).
     """
     from safetensors.torch import load_file
@@ -202,6 +203,9 @@ def load_weights(model: Any, folder: Path) -> None:
     missing = [name for name in missing if name not in tied]
     if missing or unknown:
         raise ValueError(f"weights missing: {missing[:5]}, unknown: {unknown[:5]}")
+    resized = sorted(name for name, tensor in stored.items() if tensor.shape != targets[name].shape)
+    if resized:
+        raise ValueError(f"weights of another shape: {resized[:5]}")
     with torch.no_grad():
         for name, tensor in stored.items():
             targets[name].copy_(tensor)

@@ -111,8 +111,8 @@ class FlatAdamW:
     """AdamW over flat groups; made by `build_flat_adamw`.
 
     A step with bad numbers changes nothing but the count of updates: the device decides that by
-    itself, and the host may find out later. `is_updating` stays true after an error in the middle
-    of an update. Not covered: gradients set to None from outside while
+    itself, and the host may find out later. A step sets `is_updating`; who has counted the step
+    takes it back. Not covered: gradients set to None from outside while
     the parameters are views, which `step` refuses.
     """
 
@@ -168,7 +168,6 @@ class FlatAdamW:
                 self._step_in_parts(group, learning_rate)
             if group.has_master:
                 self._publish(group)
-        self.is_updating = False
 
     def _step_fused(self, group: FlatGroup, learning_rate: float) -> None:
         settings, whole = self.settings, slice(None)
@@ -238,6 +237,11 @@ class FlatAdamW:
         """
         views = dict(self._views())
         differing = {*views, "num_updates"} ^ set(tensors)
+        differing |= (
+            {name for name, v in views.items() if tensors[name].shape != v.shape}
+            if not differing
+            else set()
+        )
         if differing:
             raise ValueError(f"optimizer states that do not fit: {sorted(differing)[:5]}")
         for name, view in views.items():

@@ -1,0 +1,88 @@
+"""Validation between steps: when, on what, and in batches that fit into memory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from tunesmith.data.loader import Loader
+from tunesmith.engine.oom import TooLargeError, free_memory
+from tunesmith.engine.state import TrainState
+from tunesmith.engine.step import Run, evaluate_loss
+from tunesmith.errors import OutOfMemoryError
+
+MOST_PLACES = 8
+"""Samples that a message names."""
+
+
+def loader_of(run: Run, state: TrainState) -> Loader:
+    """The loader as the state wants it: without what is excluded, in batches that fit."""
+    tokens = run.loader.micro_batch_tokens
+    tokens = min(tokens, state.micro_batch_tokens or tokens)
+    return replace(run.loader, micro_batch_tokens=tokens, excluded=frozenset(state.excluded))
+
+
+def evaluation_is_due(run: Run, state: TrainState, *, is_last: bool) -> bool:
+    """Whether the recipe wants a validation at this step."""
+    if run.validation is None or state.evaluated_step == state.step:
+        return False
+    every = run.recipe.evaluate.every
+    if state.step == 0 or is_last:
+        return True
+    if every is None:
+        return False
+    period = run.loader.steps_per_epoch if every == "epoch" else every
+    return state.step % period == 0
+
+
+def evaluate(run: Run, state: TrainState) -> None:
+    """Runs validation, in smaller batches if memory runs out; nothing if a signal comes."""
+    started = time.perf_counter()
+    loss = _measure(run, state)
+    while isinstance(loss, TooLargeError):
+        tokens = loss.batch.num_stored_tokens
+        if len(loss.batch.sample_N.unique()) < 2 and run.validation is not None:
+            raise too_large(run, run.validation, loss)
+        state.validation_tokens = max(1, min(tokens, state.validation_tokens or tokens) // 2)
+        free_memory(run.device)
+        message = (
+            f"out of memory at {tokens:,} tokens of validation at once: half of it from now on"
+        )
+        run.events.emit("warning", state.step, {"message": message})
+        loss = _measure(run, state)
+    if loss is None:
+        return
+    is_best = state.record_evaluation(loss)
+    seconds = round(time.perf_counter() - started, 2)
+    run.events.emit("evaluation", state.step, {"loss": loss, "best": is_best, "seconds": seconds})
+
+
+def _measure(run: Run, state: TrainState) -> float | TooLargeError | None:
+    if run.validation is None:
+        return None
+    tokens = state.validation_tokens or loader_of(run, state).micro_batch_tokens
+    held_out = replace(run.validation, micro_batch_tokens=tokens)
+    try:
+        return evaluate_loss(run, held_out.all_batches(), lambda: run.stop.received is not None)
+    except TooLargeError as problem:
+        return problem.with_traceback(None)
+
+
+def stops_early(run: Run, state: TrainState) -> bool:
+    """Whether validation has not got better for too long."""
+    patience = run.recipe.evaluate.early_stopping
+    return patience is not None and state.evaluations_without_best >= patience
+
+
+def too_large(run: Run, loader: Loader, problem: TooLargeError) -> OutOfMemoryError:
+    """The error for a micro-batch that cannot be cut any more; names its samples."""
+    tokens = problem.batch.num_stored_tokens
+    samples = list(dict.fromkeys(problem.batch.sample_N.tolist()))[:MOST_PLACES]
+    needed = problem.asked or f"about {run.peak_bytes(tokens) / 2**30:.2f} GiB in all"
+    return OutOfMemoryError(
+        "memory.one-sample",
+        ", ".join(str(origin) for origin in loader.origins(samples)),
+        found=f"no memory for its {tokens:,} tokens (needed: {needed})",
+        expected="a sample that fits",
+        try_="train.checkpointing=full, a smaller data.max_length, or model.quantize=nf4",
+    )
