@@ -29,6 +29,7 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
     "matplotlib.pyplot",
+    "matplotlib.backends.backend_agg",
 ]
 SECONDS = 60
 KILLED = -signal.SIGKILL
@@ -55,6 +56,7 @@ def _work(arguments: Sequence[str], environment: Mapping[str, str], log: str) ->
     arm()
     # The server may have been started by a test runner that ignores or blocks signals.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.argv = ["tunesmith", *arguments]
     try:
         main()

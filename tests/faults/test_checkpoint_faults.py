@@ -182,7 +182,9 @@ def test_row_25_a_save_in_the_background_fails(place: Place, oracle: Place) -> N
 
 def test_row_25_a_failure_that_stays_surfaces(tmp_path: Path) -> None:
     """The second try fails, too: the error comes out where training asks for the checkpoint."""
-    checkpoints = Checkpoints(tmp_path / "file" / "x", 2, NoWeights(), NoOptimizer(), in_background=True)
+    checkpoints = Checkpoints(
+        tmp_path / "file" / "x", 2, NoWeights(), NoOptimizer(), in_background=True
+    )
     checkpoints.folder.mkdir(parents=True)
     checkpoints.begin(TrainState({}, step=1), is_scheduled=True)
     assert checkpoints.collect(print, wait=True) is not None
