@@ -11,7 +11,7 @@ MARK := $(VENV)/.installed-for-tunesmith
 # One thread per test process: two processes with two threads each would fight for two cores.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not whole"
 
-.PHONY: install quickstart test check test-faults soak clean
+.PHONY: install quickstart test check test-faults soak parity clean
 
 install: $(MARK)
 
@@ -48,6 +48,16 @@ test-faults: install
 
 soak: install
 	$(BIN)/python tests/faults/soak.py
+
+# TRL's own losses on the same numbers, in an environment of its own; PPO is in 1.10 alone.
+parity: install
+	test -x .trl/bin/python || $(PYTHON) -m venv .trl
+	.trl/bin/python -m pip install -q torch==2.13.0
+	.trl/bin/python -m pip install -q trl==1.16.0 transformers==5.23.0
+	.trl/bin/python -m pip install -q --no-deps --target .trl/ppo trl==1.10.0
+	.trl/bin/python tests/parity/make_golden.py
+	PYTHONPATH=.trl/ppo .trl/bin/python tests/parity/golden_ppo.py
+	$(BIN)/python -m pytest -q tests/parity
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "tunesmith"
 L0 = {"errors", "types"}
 L1 = {"config", "io", "ops"}
 L2_TO_L4 = {"data", "model", "objectives", "infer", "engine", "evaluate", "export"}
-EVERYTHING = L0 | L1 | L2_TO_L4 | {"job", "train"}
+EVERYTHING = L0 | L1 | L2_TO_L4 | {"job", "overview", "train"}
 
 # Part -> parts it may import; an entry with a dot allows that module alone.
 ALLOWED: dict[str, set[str]] = {
@@ -26,7 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "engine": L0 | L1 | {"objectives.base", "data.loader"},
     "evaluate": L0 | L1 | {"objectives.base", "data", "infer"},
     "export": L0 | L1 | {"objectives.base", "model"},
-    "job": EVERYTHING - {"train"},
+    "job": EVERYTHING - {"overview", "train"},
+    "overview": EVERYTHING - {"train"},
     "train": EVERYTHING,
     "serve": EVERYTHING,
     "cli": EVERYTHING | {"serve", "__init__"},

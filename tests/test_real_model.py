@@ -101,3 +101,15 @@ def test_a_gguf_file_trains(tmp_path: Path) -> None:
     text = tunesmith("train", "r.yaml", cwd=tmp_path)
     assert "Result" in text
     assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
+
+
+def test_plain_answers_win_by_dpo(tmp_path: Path) -> None:
+    """The example's pairs: the first loss is ln 2, and held-out chatty answers lose."""
+    recipe = Path(__file__).resolve().parents[1] / "examples" / "plain-answers-dpo.yaml"
+    text = tunesmith("train", str(recipe), "output=run", cwd=tmp_path)
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    measured = [e for e in map(json.loads, lines) if e["event"] == "evaluation"]
+    assert abs(measured[0]["loss"] - 0.6931472) < 1e-6
+    assert measured[0]["reward_margin"] == 0.0
+    assert measured[-1]["reward_accuracy"] > 0.9
+    assert "reward accuracy" in text

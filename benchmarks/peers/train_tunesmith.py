@@ -102,7 +102,7 @@ def train(
         afterwards(run)
     if loss is None:
         raise RuntimeError("stopped by a signal")
-    return loss
+    return loss[0]
 
 
 def number(value: object) -> float:

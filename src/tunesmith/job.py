@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
-from tunesmith.config.auto import AUTO_KEYS, Facts, Resolved, number, resolve
-from tunesmith.config.budget import SAFE_SHARE, Needs, Plan
-from tunesmith.config.load import LoadedRecipe, flatten
+from tunesmith.config.auto import Facts, Resolved, number, resolve
+from tunesmith.config.budget import Needs, Plan
+from tunesmith.config.load import LoadedRecipe
+from tunesmith.config.method import draws_numbers
+from tunesmith.config.objective import ObjectiveConfig
 from tunesmith.config.recipe import FullConfig, Recipe, SourceConfig
 from tunesmith.data.build import open_store
 from tunesmith.data.check.checker import look_at_start
@@ -22,8 +25,9 @@ from tunesmith.data.plan import Split, make_split
 from tunesmith.data.sources import Source, Sources, find_sources
 from tunesmith.data.store import StoreInputs, TokenStore
 from tunesmith.data.templates import Renderer, build_renderer
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, RecipeError
 from tunesmith.io.cache import cache_folder
+from tunesmith.model.build import BuiltModel
 from tunesmith.model.device import (
     Device,
     find_compiler,
@@ -47,8 +51,11 @@ from tunesmith.model.memory import (
     refine_needs,
 )
 from tunesmith.model.quantize import check_method
+from tunesmith.model.reference import open_reference
+from tunesmith.model.start import with_adapter
+from tunesmith.objectives import OBJECTIVES, Objective
 from tunesmith.ops.memory_errors import is_out_of_memory
-from tunesmith.types import Json, Reporter, Tokenizer
+from tunesmith.types import Reporter, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -95,10 +102,12 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
         reporter: shows long work.
         resolved: the values of an earlier start, to go on with exactly these.
     """
-    recipe, data = loaded.recipe, loaded.recipe.data
-    check_method(recipe)
-    source = find_model(recipe.model, reporter, loaded.folder)
-    check_weights_exist(source)
+    data = loaded.recipe.data
+    check_method(loaded.recipe)
+    _check_objective(loaded.recipe)
+    base = find_model(loaded.recipe.model, reporter, loaded.folder)
+    check_weights_exist(base)
+    recipe, source = with_adapter(loaded.recipe, base, reporter, loaded.folder)
     tokenizer = load_tokenizer(source)
     renderer, template = build_renderer(tokenizer, data, loaded.folder)
     config = load_config(source)
@@ -166,6 +175,17 @@ def _predict(loader: Loader, num_steps: int, needs: Needs, plan: Plan) -> int:
     batches = [micro for step in chosen for micro in loader.batch(step).micro_batches]
     largest = max((batch.num_stored_tokens for batch in batches), default=0)
     return needs.peak_bytes(largest, plan.levels)
+
+
+def _check_objective(recipe: Recipe) -> None:
+    """Refuses settings of the data that objectives on whole answers cannot use."""
+    if OBJECTIVES[recipe.objective.name].group_size and recipe.data.prompt_loss_weight:
+        raise RecipeError(
+            "recipe.prompt-weight",
+            "data.prompt_loss_weight",
+            found=f"{recipe.data.prompt_loss_weight} with objective {recipe.objective.name}",
+            expected="0: prompts are no part of the answers that are compared",
+        )
 
 
 def _check_ids(store: TokenStore, sizes: Sizes, source: ModelSource) -> None:
@@ -306,7 +326,11 @@ def _split(
     device: Device,
 ) -> tuple[Loader, Split]:
     train, max_length = recipe.train, number(recipe.data.max_length)
-    split = make_split(recipe.data, sources, stores, max_length=max_length, seed=train.seed)
+    family = OBJECTIVES[recipe.objective.name]
+    size = family.group_size
+    split = make_split(
+        recipe.data, sources, stores, max_length=max_length, seed=train.seed, group_size=size
+    )
     loader = Loader(
         store=stores[0],
         samples=split.train,
@@ -316,12 +340,25 @@ def _split(
         seed=train.seed,
         shares=split.shares,
         mix=recipe.data.mix,
-        overlong=recipe.data.overlong,
+        overlong="drop" if size else recipe.data.overlong,
+        group_size=size,
+        has_mismatched=family.needs_mismatched,
         pad_to=PAD_ROWS if device.kind == "cpu" else 1,
-        # Dropout draws numbers per row: a shared prefix would draw once for all.
-        share_prefixes=getattr(recipe.method, "dropout", 0.0) == 0.0,
+        # Dropout and noise draw numbers per row: a shared prefix would draw once for all.
+        share_prefixes=not draws_numbers(recipe.method) and train.neftune_alpha is None,
     )
     return loader, split
+
+
+def make_objective(config: ObjectiveConfig, built: BuiltModel) -> tuple[Objective, list[str]]:
+    """The objective of a run, and a line on what it compares with."""
+    family = OBJECTIVES[config.name]
+    options: dict[str, Any] = config.model_dump(exclude={"name", "reference"})
+    options["trunk"] = built.trunk
+    if not family.needs_reference or not getattr(config, "reference", True):
+        return family.make(**options), []
+    reference, about = open_reference(built.model, built.parameters)
+    return family.make(**options, reference=reference), [about]
 
 
 def validation_loader(job: Job, loader: Loader) -> Loader | None:
@@ -336,67 +373,6 @@ def validation_loader(job: Job, loader: Loader) -> Loader | None:
         shares=(),
         mix="shuffle",
     )
-
-
-def overview(job: Job, asked: Recipe, more_notes: Sequence[str] = ()) -> dict[str, Json]:
-    """What a run will do, for the start event and `tunesmith plan`."""
-    split, store = job.split, job.split.train_store
-    text = (
-        f"{job.source.label}: {len(split.train):,} samples to train on, "
-        f"{len(split.validation):,} to validate on, {int(store.lengths().sum()):,} tokens; "
-        f"template: {job.template}"
-    )
-    notes = [f"{count:,} samples: {note}" for note, count in job.notes.items()]
-    notes += [*_mixture(job), *job.findings, *more_notes]
-    if asked.evaluate.early_stopping is not None and not len(split.validation):
-        notes.append("evaluate.early_stopping has no effect: no rows are held out to validate on")
-    most, counts = f"longer than {job.loader.max_length} tokens", split.counts
-    of_validation = split.validation_counts
-    end = "start" if job.loader.overlong == "cut_left" else "end"
-    for count, what in (
-        (counts.truncated, f"{most}, their {end} is cut off"),
-        (counts.split, f"{most}, cut into pieces"),
-        (counts.dropped, f"{most}, left out"),
-        (counts.unsupervised, "without anything to learn, left out"),
-        (counts.leaked, "of training that validation has, too, left out of training"),
-        (counts.bad, "with problems, left out (data.bad_rows: drop)"),
-        (of_validation.truncated, f"of validation {most}, their {end} is cut off"),
-        (of_validation.dropped, f"of validation {most}, left out"),
-        (of_validation.unsupervised, "of validation without anything to learn, left out"),
-        (of_validation.bad, "of validation with problems, left out (data.bad_rows: drop)"),
-    ):
-        if count:
-            notes.append(f"{count:,} samples {what}")
-    if not job.plan.fits:
-        notes.append(
-            f"the predicted peak of memory, {job.plan.predicted_bytes / 2**30:.1f} GiB, is over "
-            f"{SAFE_SHARE:.0%} of the {job.plan.memory_bytes / 2**30:.1f} GiB there are"
-        )
-    wanted, values = flatten(asked.model_dump()), flatten(job.resolved.recipe.model_dump())
-    auto: dict[str, Json] = {k: values[k] for k in AUTO_KEYS if wanted.get(k) == "auto"}
-    reasons: dict[str, Json] = {k: job.resolved.reasons.get(k, "as before") for k in auto}
-    return {
-        "num_steps": job.num_steps,
-        "model": job.source.label,
-        "overview": text,
-        "notes": list(notes),
-        "auto": auto,
-        "reasons": reasons,
-        "predicted_peak_bytes": job.predicted_bytes,
-    }
-
-
-def _mixture(job: Job) -> list[str]:
-    """What each of several sources gives to an epoch."""
-    shares = job.split.shares
-    if len(shares) < 2:
-        return []
-    total = sum(share.draws for share in shares)
-    parts = [
-        f"{label} {share.draws:,} of {share.size:,} ({100 * share.draws / total:.0f} %)"
-        for label, share in zip(job.labels, shares, strict=True)
-    ]
-    return [f"an epoch has {total:,} samples, {job.loader.mix}: {', '.join(parts)}"]
 
 
 LOOKED_AT_ROWS = 2000
@@ -425,17 +401,13 @@ def _look_at_rows(sources: Sources, renderer: Renderer, reporter: Reporter) -> l
     ]
 
 
-LEARNABLE = {"sft": ("Conversation", "Completion", "Text")}
-"""The kinds of samples that each objective learns from."""
-
-
 def _open(
     sources: tuple[Source, ...], renderer: Renderer, recipe: Recipe, reporter: Reporter
 ) -> TokenStore:
     inputs = StoreInputs(
         sources,
         renderer,
-        LEARNABLE[recipe.objective.name],
+        OBJECTIVES[recipe.objective.name].kinds,
         recipe.data.prompt_loss_weight,
         recipe.data.bad_rows == "drop",
         folder=cache_folder("stores"),

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from tunesmith.config.load import LoadedRecipe
-from tunesmith.config.recipe import LoraConfig
 from tunesmith.engine.checkpoint import Checkpoints
 from tunesmith.engine.events import read_events
 from tunesmith.engine.loop import fit, restore
@@ -27,11 +25,12 @@ from tunesmith.export.result import result_card, write_result
 from tunesmith.io.atomic import sweep_temporaries
 from tunesmith.io.fault import fault
 from tunesmith.io.lock import directory_lock
-from tunesmith.job import Job, fit_memory, overview, prepare, validation_loader
+from tunesmith.job import Job, fit_memory, make_objective, prepare, validation_loader
 from tunesmith.model.adapters import TrainedWeights
 from tunesmith.model.build import build_model
 from tunesmith.model.device import HeapTrimmer, PeakMemory, prepare_machine
-from tunesmith.objectives import OBJECTIVES
+from tunesmith.objectives.lm import SftObjective
+from tunesmith.overview import overview
 from tunesmith.types import Json, Listener, Reporter, SilentReporter
 
 
@@ -95,15 +94,13 @@ def build(job: Job, session: Session, reporter: Reporter) -> tuple[Run, Job, tup
             num_tokens=job.num_tokens,
             seed=lambda: seed_run(recipe.train.seed),
         )
-    options = recipe.objective.model_dump(exclude={"name"})
-    make_objective = partial(OBJECTIVES[recipe.objective.name], **options)
-    objective = make_objective(trunk=built.trunk)
-    job = fit_memory(job, lambda tokens: built.measure_memory(make_objective().step, tokens))
+    objective, about = make_objective(recipe.objective, built)
+    job = fit_memory(job, lambda tokens: built.measure_memory(SftObjective().step, tokens))
     built.set_levels(job.plan.levels)
     # The cuts of shared prefixes move from epoch to epoch: a cached trunk would never find them.
     shares = job.loader.share_prefixes and not built.wants_trunk
     loader = replace(job.loader, share_prefixes=shares)
-    optimizer = build_optimizer(built.parameters, recipe.train)
+    optimizer = build_optimizer(built.parameters, recipe.train, recipe.method)
     checkpoints = Checkpoints(
         session.run_dir.checkpoints,
         recipe.checkpoint.keep,
@@ -130,7 +127,7 @@ def build(job: Job, session: Session, reporter: Reporter) -> tuple[Run, Job, tup
         peak_bytes=lambda tokens: job.facts.needs.peak_bytes(tokens, job.plan.levels),
         after_step=HeapTrimmer(job.device, job.predicted_bytes).after_step,
     )
-    return run, job, built.notes
+    return run, job, (*built.notes, *about)
 
 
 def finish(
@@ -142,7 +139,7 @@ def finish(
             state.best_step, lambda text: run.events.emit("warning", state.step, {"message": text})
         )
     summary = summarize(run, state, memory)
-    label, is_adapter = Path(run.recipe.output).name, isinstance(run.recipe.method, LoraConfig)
+    label, is_adapter = Path(run.recipe.output).name, hasattr(run.model, "peft_config")
     card = result_card(label=label, base=job.source.label, is_adapter=is_adapter, facts={**summary})
     write_result(run.model, job.tokenizer, run_dir.model, card)
     plot_loss(list(read_events(run_dir.events)), run_dir.path / "loss.png", label)

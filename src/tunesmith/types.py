@@ -217,8 +217,14 @@ class PackedBatch:
     it stands there more than once.
 
     Args:
+        sequence_N: for each supervised row the number of its sequence in this batch.
+        group_GK: the K sequences of each of G samples, by these numbers, in the sample's own order
+            (chosen, rejected); only where an objective compares them.
+        label_G: 1 where a sample is rated good, 0 where bad; of rated samples only.
         num_tokens: tokens of all sequences, each counted whole: the work that was asked for.
             Shared prefixes make the rows that are computed fewer, the tail makes them more.
+        loss_weight: what the loss of this batch is divided by, were it alone: the supervised
+            weight, or the samples where the objective counts these.
     """
 
     ids_T: torch.Tensor
@@ -228,7 +234,11 @@ class PackedBatch:
     target_N: torch.Tensor
     weight_N: torch.Tensor
     sample_N: torch.Tensor
+    sequence_N: torch.Tensor
+    group_GK: torch.Tensor
+    label_G: torch.Tensor
     num_tokens: int
+    loss_weight: float
 
     @property
     def num_stored_tokens(self) -> int:
@@ -245,6 +255,9 @@ class PackedBatch:
             target_N=self.target_N.to(device, non_blocking=True),
             weight_N=self.weight_N.to(device, non_blocking=True),
             sample_N=self.sample_N.to(device, non_blocking=True),
+            sequence_N=self.sequence_N.to(device, non_blocking=True),
+            group_GK=self.group_GK.to(device, non_blocking=True),
+            label_G=self.label_G.to(device, non_blocking=True),
         )
 
 

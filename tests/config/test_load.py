@@ -233,8 +233,8 @@ def test_missing_key(refusal: Callable[..., RecipeError], text: str, key: str, w
         ("method: {name: lora, rank: 0}", 3, "0 for `method.rank`", "'auto' or"),
         ("evaluate: {every: batch}", 3, "'batch' for `evaluate.every`", "'epoch' or"),
         ("checkpoint: {keep: 0}", 3, "0 for `checkpoint.keep`", "greater than or equal to 1"),
-        ("method: dora", 3, "'dora' for `method`", "'full' or 'lora'"),
-        ("objective: dpo", 3, "'dpo' for `objective.name`", "'sft'"),
+        ("method: dore", 3, "'dore' for `method`", "'full' or 'lora'"),
+        ("objective: dop", 3, "'dop' for `objective`", "'sft'"),
     ],
 )
 def test_bad_value(

@@ -50,6 +50,7 @@ def test_bad_numbers_never_reach_the_weights(tiny_recipe: Callable[..., Path]) -
         assert torch.equal(after.detach().nan_to_num(), old.nan_to_num())
 
 
+@pytest.mark.slow
 def test_early_stopping(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = tiny_recipe(
         train={"learning_rate": 0.5, "schedule": "constant", "epochs": 30},

@@ -82,7 +82,7 @@ def validation_loss(run: Run) -> float:
     assert run.validation is not None
     loss = evaluate_loss(run, replace(run.validation, micro_batch_tokens=100_000).all_batches())
     assert loss is not None
-    return loss
+    return loss[0]
 
 
 def train(run: Run, steps: range) -> float:

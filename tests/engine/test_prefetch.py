@@ -80,9 +80,11 @@ def test_leaving_early_leaves_no_thread() -> None:
 
 def tiny_batch(step: int) -> GlobalBatch:
     row = torch.tensor([step])
-    fields = dict.fromkeys(("ids_T", "position_T", "row_N", "target_N", "sample_N"), row)
-    extra = {"num_tokens": 1} if "num_tokens" in PackedBatch.__dataclass_fields__ else {}
-    packed = PackedBatch(segments=Segments((1,)), weight_N=row.float(), **fields, **extra)
+    names = ("ids_T", "position_T", "row_N", "target_N", "sample_N", "sequence_N", "group_GK")
+    fields = dict.fromkeys((*names, "label_G"), row)
+    packed = PackedBatch(
+        segments=Segments((1,)), weight_N=row.float(), num_tokens=1, loss_weight=1.0, **fields
+    )
     return GlobalBatch(
         epoch=0,
         sample_ids=(step,),

@@ -141,6 +141,7 @@ def test_bad_numbers_read_late_name_their_step_and_change_nothing(
 
         class Poison:
             calls = 0
+            metric_names = ()
 
             def step(self, model: Any, batch: Any) -> Any:
                 result = real.step(model, batch)

@@ -46,7 +46,7 @@ def test_its_loss_equals_the_engines(tiny_model_folder: Path) -> None:
     rendered = [Renderer(tokenizer).render(sample) for sample in samples]
     encoded = Encoder(tokenizer.backend_tokenizer).encode(rendered)  # type: ignore[arg-type]
     batch = build_batch([(i, sequence) for i, group in enumerate(encoded) for sequence in group])
-    ours = OBJECTIVES["sft"]().step(model, batch).loss_sum / batch.weight_N.sum()
+    ours = OBJECTIVES["sft"].make().step(model, batch).loss_sum / batch.weight_N.sum()
     ours.backward()
 
     torch.testing.assert_close(ours, loss, rtol=0, atol=1e-5)

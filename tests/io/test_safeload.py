@@ -215,7 +215,10 @@ def test_a_view_of_an_adapter(adapter: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *({"peft_type": "XLORA"}, {"peft_type": "PROMPT_TUNING"}, {"peft_type": None}),
+        *({"peft_type": kind} for kind in ("XLORA", "CPT", "ADAPTION_PROMPT", None, ["LORA"])),
+        *({"peft_type": "PROMPT_TUNING", "token_dim": n} for n in (None, 0, 1 << 40, "8", True)),
+        *({"peft_type": kind, "r": 1 << 40} for kind in ("VERA", "OFT", "LOHA")),
+        {"peft_type": "VBLORA", "num_vectors": 1 << 40},
         *({"base_model_name_or_path": b} for b in (None, "", 7, "a\0b", "a\nb", ["x"])),
         *({"revision": r} for r in (7, "a\0", ["main"])),
         *({"r": r} for r in (0, -1, 1 << 40, "8", True, None, 8.0)),
@@ -226,6 +229,71 @@ def test_a_view_of_an_adapter(adapter: Path) -> None:
 def test_adapters_that_want_more_than_weights(adapter: Path, change: dict[str, Any]) -> None:
     write_adapter(adapter, **change)
     assert code_of(adapter_settings, adapter, "a") == "model.bad-adapter"
+
+
+PROMPT: dict[str, Any] = {
+    "peft_type": "PROMPT_TUNING",
+    "num_virtual_tokens": 3,
+    "token_dim": 4,
+    "base_model_name_or_path": "org/base",
+}
+
+
+def test_virtual_tokens_load_no_tokenizer(adapter: Path) -> None:
+    values = np.ones((3, 4), np.float32)
+    save_file({"prompt_embeddings": values}, adapter / "adapter_model.safetensors")
+    evil = {
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "x",
+        "tokenizer_name_or_path": "evil/code",
+        "tokenizer_kwargs": {"trust_remote_code": True},
+        "prompt_tuning_init_state_dict_path": "evil.pt",
+        "inference_mode": False,
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps({**PROMPT, **evil}))
+    with adapter_view(adapter, "a") as view:
+        found = read_settings(view / "adapter_config.json")
+    assert found == {**PROMPT, "inference_mode": True, "num_transformer_submodules": 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_virtual_tokens": 1 << 19},
+        {"token_dim": 1 << 19},
+        {"peft_type": "PREFIX_TUNING", "num_layers": 1 << 19},
+        {"peft_type": "PREFIX_TUNING"},
+    ],
+    ids=str,
+)
+def test_virtual_tokens_that_ask_for_more_memory_than_the_file(
+    adapter: Path, change: dict[str, Any]
+) -> None:
+    values = np.ones((3, 4), np.float32)
+    save_file({"prompt_embeddings": values}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({**PROMPT, **change}))
+
+    def open_adapter() -> None:
+        with adapter_view(adapter, "a"):
+            pass
+
+    assert code_of(open_adapter) == "model.bad-adapter"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("IA3", {}),
+        ("OFT", {"r": 0, "oft_block_size": 8}),
+        ("VERA", {"r": 256, "save_projection": True}),
+    ],
+)
+def test_other_kinds_keep_their_settings(
+    adapter: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    values = {"peft_type": kind, "base_model_name_or_path": "org/base", **settings}
+    (adapter / "adapter_config.json").write_text(json.dumps({**values, "auto_mapping": "evil"}))
+    assert adapter_settings(adapter, "a") == values
 
 
 def test_an_adapter_without_sound_weights(adapter: Path) -> None:

@@ -90,7 +90,7 @@ def test_loss_and_gradients(config: Any, method: Any) -> None:
 
     expected = one_by_one(model, sequences)
     expected_grads = torch.autograd.grad(expected, tensors, allow_unused=True)
-    loss = OBJECTIVES["sft"]().step(model, build_batch(sequences)).loss_sum
+    loss = OBJECTIVES["sft"].make().step(model, build_batch(sequences)).loss_sum
     grads = torch.autograd.grad(loss, tensors, allow_unused=True)
 
     assert float(expected.detach()) > 1.0
@@ -109,13 +109,13 @@ def test_a_batch_without_supervised_tokens_has_loss_zero() -> None:
     model = build(CONFIGS["llama, tied head"], METHODS["lora"])
     batch = build_batch([item for item in make_sequences() if not item[1].runs])
     assert batch.row_N.numel() == 0
-    assert OBJECTIVES["sft"]().step(model, batch).loss_sum.item() == 0.0
+    assert OBJECTIVES["sft"].make().step(model, batch).loss_sum.item() == 0.0
 
 
 def test_neighbours_do_not_change_a_samples_loss() -> None:
     model = build(CONFIGS["llama, tied head"], METHODS["lora"])
     first, *others = make_sequences()
-    alone = OBJECTIVES["sft"]().step(model, build_batch([first]))
+    alone = OBJECTIVES["sft"].make().step(model, build_batch([first]))
     packed = build_batch([others[0], first, others[3]])
     logp = supervised_logp(model, packed)
     mine = -logp[packed.sample_N == first[0]].sum()
@@ -202,7 +202,7 @@ def test_shared_prefixes_change_nothing(
     ]
     assert weights[0] == weights[1]
 
-    losses = [OBJECTIVES["sft"]().step(model, batch).loss_sum for batch in (plain, shared)]
+    losses = [OBJECTIVES["sft"].make().step(model, batch).loss_sum for batch in (plain, shared)]
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-12)
     expected, found = (torch.autograd.grad(loss, tensors) for loss in losses)
     for ours, theirs in zip(found, expected, strict=True):
@@ -216,7 +216,7 @@ def test_each_sample_keeps_its_own_loss(monkeypatch: pytest.MonkeyPatch) -> None
     shared = build_batch(family, prefixes.shared_prefixes([s.ids for _, s in family]))
     logp = supervised_logp(model, shared)
     for item in family:
-        alone = OBJECTIVES["sft"]().step(model, build_batch([item])).loss_sum
+        alone = OBJECTIVES["sft"].make().step(model, build_batch([item])).loss_sum
         mine = shared.sample_N == item[0]
         total = -(shared.weight_N[mine].double() * logp[mine]).sum()
         torch.testing.assert_close(total, alone, rtol=0, atol=1e-9)

@@ -92,6 +92,37 @@ def test_the_same_bits_as_torch_on_separate_parameters(threads: int) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rates_of_their_own_are_those_of_another_optimizer(dtype: torch.dtype) -> None:
+    """LoRA+: some parameters 16 times as fast; each has the bits of a run at its own rate."""
+    fast = {"p1": 16.0, "p3": 16.0}
+    mine = make_parameters(SHAPES, dtype)
+    ours = build_flat_adamw(mine, AdamWSettings(weight_decay=0.1, states="float32"), fast)
+    apart: dict[str, torch.Tensor] = {}
+    for factor in (1.0, 16.0):
+        named = make_parameters(SHAPES, dtype)
+        chosen = [(name, p) for name, p in named if fast.get(name, 1.0) == factor]
+        other = build_flat_adamw(chosen, AdamWSettings(weight_decay=0.1, states="float32"))
+        for step in range(4):
+            give_gradients(named, step)
+            other.step(factor * 1e-3, TRUE)
+            other.zero_grad()
+        masters = other.tensors()
+        apart |= {name: masters.get(f"{name}.master", p.detach()) for name, p in chosen}
+    for step in range(4):
+        give_gradients(mine, step)
+        ours.step(1e-3, TRUE)
+        ours.zero_grad()
+    masters = ours.tensors()
+    for name, p in mine:
+        assert torch.equal(masters.get(f"{name}.master", p.detach()), apart[name]), name
+
+
+def test_a_factor_of_one_changes_nothing() -> None:
+    groups = build_flat_adamw(make_parameters(SHAPES), AdamWSettings(), {"p1": 1.0}).groups
+    assert len(groups) == len(build_flat_adamw(make_parameters(SHAPES), AdamWSettings()).groups)
+
+
 def test_parameters_stay_the_same_objects_and_gradients_the_same_views() -> None:
     named = make_parameters([(4, 3), (5,)])
     before = [(p, p.detach().clone()) for _, p in named]

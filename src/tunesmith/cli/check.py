@@ -20,10 +20,10 @@ from tunesmith.data.check.report import CheckReport, Cost, counted
 from tunesmith.data.sources import Sources, find_sources
 from tunesmith.data.templates import build_renderer
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.job import LEARNABLE
 from tunesmith.model.device import find_device
 from tunesmith.model.load import find_model, load_config, load_tokenizer
 from tunesmith.model.memory import Sizes, measure_config
+from tunesmith.objectives import OBJECTIVES
 from tunesmith.types import Json, Reporter
 
 DEFAULT_MODEL = "builtin:smollm2-135m"
@@ -118,7 +118,7 @@ def _report(
             overlong=recipe.data.overlong,
             is_auto=isinstance(wanted, str),
             # Without a recipe nobody has said what is to be learned.
-            kinds=LEARNABLE[recipe.objective.name] if is_recipe else (),
+            kinds=OBJECTIVES[recipe.objective.name].kinds if is_recipe else (),
         )
     except DataError as error:
         raise _with_hint(error, is_recipe=is_recipe) from error

@@ -31,6 +31,10 @@ SECONDS_BETWEEN_LINES = 10.0
 """Without a terminal a line appears this often instead of a moving bar."""
 
 
+SHOWN_METRICS = ("reward_accuracy", "reward_margin", "reward_gap")
+"""Of an objective's metrics, what stands beside the validation loss."""
+
+
 def quiet_libraries() -> None:
     """Keeps the libraries' own bars and notices off the screen; errors still come through.
 
@@ -204,7 +208,13 @@ class RunDisplay:
         self.last_loss = _number(event.data["loss"], 4)
         when = "before training" if event.step == 0 else f"step {event.step}"
         best = "  [green]best so far[/green]" if event.data["best"] else ""
-        self.console.print(f"validation loss {self.last_loss}  ({when}){best}", highlight=False)
+        measured = "".join(
+            f"  {name.replace('_', ' ')} {_number(event.data[name], 3)}"
+            for name in SHOWN_METRICS
+            if event.data.get(name) is not None
+        )
+        text = f"validation loss {self.last_loss}{measured}  ({when}){best}"
+        self.console.print(text, highlight=False)
 
     def _on_resume(self, event: Event) -> None:
         self.console.print(f"going on from step {event.step} ({event.data['checkpoint']})")

@@ -14,13 +14,14 @@ from tunesmith.cli.console import ConsoleReporter, format_seconds, quiet_librari
 from tunesmith.cli.train import auto_table
 from tunesmith.config.budget import COMPILE_SECONDS, COMPILED_SPEEDUP, LEVELS, Plan
 from tunesmith.config.load import load_recipe
-from tunesmith.job import Job, overview, prepare
+from tunesmith.job import Job, prepare
 from tunesmith.model.adapters import attach
 from tunesmith.model.device import prepare_machine
 from tunesmith.model.fast_path import fast_layers, make_fast
 from tunesmith.model.load import load_config, random_model
 from tunesmith.model.quantize import quantize_layers
-from tunesmith.objectives import OBJECTIVES
+from tunesmith.objectives.lm import SftObjective
+from tunesmith.overview import overview
 from tunesmith.types import GlobalBatch, PackedBatch
 
 
@@ -149,7 +150,7 @@ def _time_step(job: Job, model: Any, batch: PackedBatch) -> float:
     needs_autocast = recipe.model.dtype == "bfloat16" and not fast_layers(model)
     started = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16, enabled=needs_autocast):
-        loss = OBJECTIVES[recipe.objective.name]().step(model, batch.to(device)).loss_sum
+        loss = SftObjective().step(model, batch.to(device)).loss_sum
     loss.backward()
     float(loss.detach())  # waits for the device
     return time.perf_counter() - started

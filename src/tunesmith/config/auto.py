@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tunesmith.config.budget import Needs, Plan, Wish, choose_compile, plan_memory
+from tunesmith.config.method import AdapterConfig, auto_alpha, base_learning_rate
+from tunesmith.config.objective import PreferenceConfig, RatedConfig
 from tunesmith.config.recipe import LoraConfig, Recipe
 
 AUTO_KEYS = (
@@ -25,6 +27,9 @@ AUTO_KEYS = (
     "checkpoint.every_steps",
     "checkpoint.background",
 )
+
+OBJECTIVE_KEYS = ("objective.beta", "objective.margin")
+"""What only some objectives leave open."""
 
 TEXT_TOKENS = 2048
 """Raw text is cut into pieces of at most so many tokens."""
@@ -104,7 +109,10 @@ def resolve(recipe: Recipe, facts: Facts) -> Resolved:
     num_train = max(1, round(num_train * facts.draws_per_row))
     if isinstance(recipe.method, LoraConfig):
         rank = fill("method.rank", 16, "enough for a task of one's own; 8 to 64 differ little")
-        fill("method.alpha", 2 * float(str(rank)), "twice the rank")
+        fill("method.alpha", *auto_alpha(recipe.method, int(str(rank))))
+    if isinstance(recipe.objective, PreferenceConfig):
+        fill("objective.beta", *_beta(recipe.objective))
+        fill("objective.margin", *_margin(recipe.objective))
     fill("train.epochs", *auto_epochs(num_train))
     batch = fill("train.global_batch", *_global_batch(num_train))
     fill("train.learning_rate", *_learning_rate(recipe, facts))
@@ -155,6 +163,18 @@ def plan_values(plan: Plan) -> dict[str, str | int]:
         "train.checkpointing": plan.level,
         "train.checkpointed_layers": plan.num_deepest if plan.level != "none" else 0,
     }
+
+
+def _beta(objective: PreferenceConfig) -> tuple[float, str]:
+    if objective.name == "simpo":
+        return 2.0, "as SimPO's authors take for instruct models"
+    return 0.1, f"usual for {objective.name}"
+
+
+def _margin(objective: PreferenceConfig) -> tuple[float, str]:
+    if objective.name == "simpo":
+        return 1.0, "half of beta, as SimPO's authors advise"
+    return 0.0, f"{objective.name} has none"
 
 
 def _background(facts: Facts) -> tuple[bool, str]:
@@ -212,8 +232,12 @@ def _global_batch(num_train: int) -> tuple[int, str]:
 
 
 def _learning_rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
-    """LoRA wants about ten times the rate of full tuning, narrow models more than wide ones."""
-    is_lora = isinstance(recipe.method, LoraConfig)
-    rate = (2e-4 if is_lora else 2e-5) * math.sqrt(2048 / facts.hidden_size)
+    """Narrow models want more than wide ones."""
+    method = recipe.method
+    name = method.kind if isinstance(method, AdapterConfig) else method.name
+    wish = f"{name} on a model {facts.hidden_size} wide"
+    rate = base_learning_rate(method) * math.sqrt(2048 / facts.hidden_size)
+    if isinstance(recipe.objective, PreferenceConfig | RatedConfig):
+        rate, wish = rate / 10, f"{wish}; a tenth, for preferences"
     digits = 1 - math.floor(math.log10(rate))
-    return round(rate, digits), f"{recipe.method.name} on a model {facts.hidden_size} wide"
+    return round(rate, digits), wish

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
-Auto = Literal["auto"]
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Strict(BaseModel):
-    """Base of the recipe's parts: unknown keys are errors, values cannot change."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from tunesmith.config.base import Auto, Fraction, PositiveInt, Strict
+from tunesmith.config.method import (
+    AdapterConfig,
+    FreezeConfig,
+    FullConfig,
+    LoraConfig,
+    long_form,
+)
+from tunesmith.config.objective import ObjectiveConfig, SftConfig
+from tunesmith.config.optimizer import OptimizerConfig
 
 
 def _from_short(value: object, key: str) -> object:
@@ -41,11 +40,23 @@ class ModelConfig(Strict):
     """How frozen weights are kept under LoRA; nf4 is 4.13 bits a weight (QLoRA, arXiv 2305.14314).
 
     It saves memory and costs time: every pass makes the weights dense again. Needs bitsandbytes."""
+    adapter: str | None = None
+    """A LoRA adapter to go on from, in PEFT's format: a folder or a hub id; null starts anew."""
+    merge_adapter: bool = False
+    """Add that adapter to the weights first, and train by the method on top of it."""
 
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: object) -> object:
         return _from_short(value, "id")
+
+    @model_validator(mode="after")
+    def _has_what_to_merge(self) -> ModelConfig:
+        if self.merge_adapter and self.adapter is None:
+            raise ValueError("`merge_adapter` together with `adapter`")
+        if self.merge_adapter and self.quantize != "none":
+            raise ValueError("`merge_adapter` without `quantize`: merging would round once more")
+        return self
 
 
 class SourceConfig(Strict):
@@ -211,100 +222,9 @@ class DataConfig(Strict):
         return self
 
 
-class FullConfig(Strict):
-    """All weights are trained."""
-
-    name: Literal["full"]
-
-
-class LoraConfig(Strict):
-    """Low-rank adapters on frozen weights (arXiv 2106.09685), kept in PEFT's format."""
-
-    name: Literal["lora"] = "lora"
-    rank: Auto | PositiveInt = "auto"
-    """Rank of the update; auto is 16."""
-    alpha: Auto | Annotated[float, Field(gt=0)] = "auto"
-    """Scale numerator; the update is multiplied by alpha/rank. auto is twice the rank."""
-    target: str | list[str] = "all-linear"
-    """Layers that get an adapter: all-linear, a list of name endings, or a regular expression."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before the adapter."""
-    layers: PositiveInt | None = None
-    """Adapters on so many of the last decoder layers only; null is all layers."""
-
-
-class FreezeConfig(Strict):
-    """The last layers are trained, all below them is frozen."""
-
-    name: Literal["freeze"]
-    layers: PositiveInt = 2
-    """How many of the last decoder layers are trained."""
-    norm: bool = True
-    """Train the norm behind the last layer too."""
-    head: bool = False
-    """Train the output head too, if it is not the embedding as well (a tied head)."""
-
-
-MethodConfig = Annotated[FullConfig | LoraConfig | FreezeConfig, Field(discriminator="name")]
-
-
-class SftConfig(Strict):
-    """Supervised fine-tuning: cross-entropy on the assistant's tokens."""
-
-    name: Literal["sft"] = "sft"
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each target's probability spread over the vocabulary; validation is without it."""
-    z_loss: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the squared log of the softmax's normalizer (arXiv 2204.02311; 1e-4 there), which
-    keeps logits from drifting; validation is without it."""
-
-
-class OptimizerConfig(Strict):
-    """How weights are updated, and in what numbers the update keeps its memory.
-
-    Short forms: adamw; adamw_bf16 and adamw_8bit for its `states`; with _sr behind them (adamw_sr,
-    adamw_bf16_sr, adamw_8bit_sr) without `keep_master`.
-    """
-
-    name: Literal["adamw"] = "adamw"
-    """The rule: AdamW (arXiv 1711.05101)."""
-    states: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Numbers of the two moments: 8 bytes a trained parameter, 4, or 2.
-
-    bfloat16 is rounded stochastically, int8 is quantized in blocks of 256 (arXiv 2110.02861).
-    Worth it when all weights are trained; adapters are small."""
-    keep_master: bool = True
-    """bfloat16 weights have a float32 copy that takes the updates, and a float32 gradient: 8 bytes
-    a trained parameter.
-
-    false updates the weights themselves, with a bfloat16 gradient: 2 bytes. Both ways they are
-    rounded stochastically (arXiv 2010.06192). Without effect on float32 weights, as of adapters."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Memory of the mean of the gradient."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Memory of the mean of its square."""
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of that mean."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        if value not in _OPTIMIZERS:
-            raise ValueError(f"one of {', '.join(_OPTIMIZERS)}")
-        return _OPTIMIZERS[value]
-
-
-_OPTIMIZERS: dict[str, dict[str, object]] = {
-    f"adamw{states}{rounding}": {**given, **changes}
-    for states, given in (
-        ("", {"states": "float32"}),
-        ("_bf16", {"states": "bfloat16"}),
-        ("_8bit", {"states": "int8"}),
-    )
-    for rounding, changes in (("", {}), ("_sr", {"keep_master": False}))
-}
+MethodConfig = Annotated[
+    FullConfig | LoraConfig | FreezeConfig | AdapterConfig, Field(discriminator="name")
+]
 
 
 class TrainConfig(Strict):
@@ -339,6 +259,9 @@ class TrainConfig(Strict):
     """How weights are updated: adamw, adamw_8bit, ..., or {name, states, keep_master, ...}."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest gradient norm; null does not clip."""
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Noise on the embeddings while training (NEFTune, arXiv 2310.05914; 5 to 15 there); null is
+    none."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the order, the split, new weights and dropout."""
     max_steps: PositiveInt | None = None
@@ -416,9 +339,9 @@ class Recipe(Strict):
     data: DataConfig
     """What to learn from."""
     method: MethodConfig = Field(default_factory=LoraConfig)
-    """How weights change: lora, full, or freeze."""
-    objective: SftConfig = Field(default_factory=SftConfig)
-    """What is minimized: sft."""
+    """How weights change: lora, full, freeze, or another adapter (docs/methods.md)."""
+    objective: ObjectiveConfig = Field(default_factory=SftConfig)
+    """What is minimized: sft, pretrain, dpo, ipo, simpo, orpo, ..."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """How long and how fast."""
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
@@ -438,10 +361,11 @@ class Recipe(Strict):
         if not isinstance(value, dict):
             return value
         recipe = dict(cast("dict[str, object]", value))
-        for key, default in (("method", "lora"), ("objective", "sft")):
-            if key in recipe:
-                part = _from_short(recipe[key], "name")
-                if isinstance(part, dict):
-                    part = {"name": default, **cast("dict[str, object]", part)}
-                recipe[key] = part
+        if "method" in recipe:
+            recipe["method"] = long_form(recipe["method"])
+        if "objective" in recipe:
+            part = _from_short(recipe["objective"], "name")
+            if isinstance(part, dict):
+                part = {"name": "sft", **cast("dict[str, object]", part)}
+            recipe["objective"] = part
         return recipe

@@ -29,7 +29,7 @@ from tunesmith.io.fault import fault
 from tunesmith.io.lock import directory_lock
 from tunesmith.io.manifest import find_damage, write_manifest
 from tunesmith.io.redact import redact_tree
-from tunesmith.types import Origin, Reporter, Sample
+from tunesmith.types import Origin, Rated, Reporter, Sample
 
 SHARD_SAMPLES = 50_000
 """Samples between two points from which a build can go on."""
@@ -133,6 +133,7 @@ class _Columns:
             "sample_file": [self._file(sample.origin) for _, sample, _ in rows],
             "sample_source": [source for source, _, _ in rows],
             "sample_kind": [KINDS.index(kind_of(sample)) for _, sample, _ in rows],
+            "sample_label": [isinstance(s, Rated) and s.is_good for _, s, _ in rows],
         }.items():
             self.arrays[name].frombytes(np.asarray(values, dtype=ARRAYS[name]).tobytes())
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tunesmith.data.mix import Share, Strategy, mixed_order
-from tunesmith.data.pack import build_batch, pack_sequences
+from tunesmith.data.pack import build_batch, mismatched, pack_groups, pack_sequences
 from tunesmith.data.store import TokenStore
 from tunesmith.data.tokenize import TokenSequence
 from tunesmith.io.fault import fault
@@ -33,6 +33,11 @@ class Loader:
         mix: how sources share an epoch.
         overlong: see `DataConfig.overlong`; what is to be dropped is not among `samples`.
         pad_to: rows of a micro-batch are filled up to a multiple of it.
+        group_size: sequences of each sample, which an objective compares: they stay in one
+            micro-batch, and the loss is divided by the samples. 0 where it does not.
+        has_mismatched: behind the one sequence of each sample comes another, its prompt with the
+            answer of the next sample of the global batch (KTO, arXiv 2402.01306 §4.1). Which one
+            that is depends on the step, never on the budget; answers are cut at `max_length`.
         excluded: samples that steps leave out, where they come up.
         share_prefixes: compute what sequences have in common at their beginnings once. The same
             loss and gradients, unless the model draws random numbers per token (dropout).
@@ -49,6 +54,8 @@ class Loader:
     overlong: str = "auto"
     pad_to: int = 1
     share_prefixes: bool = True
+    group_size: int = 0
+    has_mismatched: bool = False
     excluded: frozenset[int] = frozenset()
 
     @property
@@ -78,7 +85,7 @@ class Loader:
             epoch=epoch,
             sample_ids=tuple(ids),
             micro_batches=micro_batches,
-            supervised_weight=sum(float(b.weight_N.double().sum()) for b in micro_batches),
+            supervised_weight=sum(batch.loss_weight for batch in micro_batches),
             num_supervised=sum(int(b.row_N.numel()) for b in micro_batches),
             num_tokens=sum(b.num_tokens for b in micro_batches),
         )
@@ -96,19 +103,49 @@ class Loader:
         return [self.store.origin(sample) for sample in sample_ids]
 
     def _pack(self, sample_ids: Sequence[int]) -> Iterator[PackedBatch]:
-        sequences: list[tuple[int, TokenSequence]] = [
+        sequences = self._sequences(sample_ids)
+        if self.has_mismatched:
+            sequences = self._with_mismatched(sequences)
+        ids = [sequence.ids for _, sequence in sequences]
+        size, labels = self.group_size + self.has_mismatched, None
+        if size:
+            groups = [ids[first : first + size] for first in range(0, len(ids), size)]
+            bins = pack_groups(groups, self.micro_batch_tokens, share_prefixes=self.share_prefixes)
+            if self.store.is_rated.any():
+                labels = {sample: self.store.label(sample) for sample in sample_ids}
+        else:
+            bins = pack_sequences(ids, self.micro_batch_tokens, share_prefixes=self.share_prefixes)
+        for forest in bins:
+            yield build_batch(
+                sequences, forest, multiple_of=self.pad_to, group_size=size, labels=labels
+            )
+
+    def _sequences(self, sample_ids: Sequence[int]) -> list[tuple[int, TokenSequence]]:
+        return [
             (sample, self.store.sequence(index, window))
             for sample in sample_ids
             for index in self.store.sequences_of(sample)
             for window in self._windows(sample, index)
         ]
-        bins = pack_sequences(
-            [sequence.ids for _, sequence in sequences],
-            self.micro_batch_tokens,
-            share_prefixes=self.share_prefixes,
-        )
-        for forest in bins:
-            yield build_batch(sequences, forest, multiple_of=self.pad_to)
+
+    def _with_mismatched(
+        self, sequences: list[tuple[int, TokenSequence]]
+    ) -> list[tuple[int, TokenSequence]]:
+        """Each sample's sequence, and behind it the mismatched one."""
+        others = sequences[1:] + sequences[:1]
+        if len(sequences) == 1:
+            others = self._sequences([self._after(sequences[0][0])])
+        return [
+            pair
+            for (sample, own), (_, other) in zip(sequences, others, strict=True)
+            for pair in ((sample, own), (sample, mismatched(own, other, self.max_length)))
+        ]
+
+    def _after(self, sample: int) -> int:
+        """The next sample of all, for one that is alone in its batch; itself if it is the only."""
+        place = int(np.flatnonzero(self.samples == sample)[0])
+        following = np.roll(self.samples, -place - 1)
+        return next(int(other) for other in following if int(other) not in self.excluded)
 
     def _windows(self, sample: int, sequence: int) -> list[tuple[int, int]]:
         """The parts of a sequence that are used."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import pairwise
 
@@ -128,6 +128,34 @@ def pack_sequences(
     return [_unshared(members, alone, budget) for members in bins]
 
 
+def pack_groups(
+    groups: Sequence[Sequence[npt.NDArray[np.int32]]], budget: int, *, share_prefixes: bool
+) -> list[list[Branch]]:
+    """Groups sequences into bins of at most `budget` tokens that keep those of a sample together.
+
+    What the sequences of a sample have in common at their beginnings counts once. A sample larger
+    than the budget gets a bin of its own.
+
+    Args:
+        groups: the sequences of each sample.
+        budget: tokens of a bin.
+        share_prefixes: whether to compute common beginnings once.
+
+    Returns:
+        the bins, each a forest for `build_batch`; sequences are numbered through all samples.
+    """
+    forests: list[list[Branch]] = []
+    first = 0
+    for group in groups:
+        alone = whole(group)
+        forest = shared_prefixes(group) if share_prefixes else alone
+        chosen = forest if _is_worth_it(forest, alone) else alone
+        forests.append([branch.renumbered(first) for branch in chosen])
+        first += len(group)
+    sizes = [sum(branch.num_stored for branch in forest) for forest in forests]
+    return [[b for index in sorted(m) for b in forests[index]] for m in pack(sizes, budget)]
+
+
 def _is_worth_it(forest: Sequence[Branch], alone: Sequence[Branch]) -> bool:
     total = sum(branch.num_stored for branch in alone)
     return total - sum(branch.num_stored for branch in forest) >= LEAST_SAVED * total
@@ -160,6 +188,8 @@ def build_batch(
     forest: Sequence[Branch] | None = None,
     *,
     multiple_of: int = 1,
+    group_size: int = 0,
+    labels: Mapping[int, float] | None = None,
 ) -> PackedBatch:
     """Lays (sample id, sequence) pairs end to end.
 
@@ -172,24 +202,50 @@ def build_batch(
         forest: the order and the shared prefixes; by default all in the given order, each whole.
         multiple_of: the stream is filled up to a multiple of it with a segment of token 0 that
             carries no loss: a processor's library makes its kernels anew for every size.
+        group_size: sequences of a sample, which an objective compares; 0 where it does not.
+        labels: of rated samples.
     """
     if forest is None:
         forest = whole([sequence.ids for _, sequence in sequences])
     layout = _Layout(sequences)
     for branch in forest:
         layout.add(branch, parent=-1, before=[])
-    num_tokens = sum(len(sequences[leaf.sequence][1].ids) for b in forest for leaf in b.leaves())
+    leaves = [leaf.sequence for branch in forest for leaf in branch.leaves()]
+    num_tokens = sum(len(sequences[leaf][1].ids) for leaf in leaves)
     layout.fill_up(multiple_of)
+    weight_N = _joined(layout.weights, np.float32)
+    # A sample's sequences stand in the list one after the other, in its own order.
+    groups = np.array(sorted(leaves) if group_size else [], dtype=np.int64)
+    groups = groups.reshape(-1, max(group_size, 1))
+    places = np.zeros(len(sequences), dtype=np.int64)
+    places[leaves] = np.arange(len(leaves))
+    samples = [sequences[int(first)][0] for first in groups[:, 0]]
     return PackedBatch(
         ids_T=_joined(layout.ids, np.int64),
         position_T=_joined(layout.positions, np.int64),
         segments=Segments(tuple(layout.lengths), _parents(layout.parents)),
         row_N=_joined(layout.rows, np.int64),
         target_N=_joined(layout.targets, np.int64),
-        weight_N=_joined(layout.weights, np.float32),
+        weight_N=weight_N,
         sample_N=_joined(layout.samples, np.int64),
+        sequence_N=torch.from_numpy(places[_joined(layout.sequence_numbers, np.int64).numpy()]),
+        group_GK=torch.from_numpy(places[groups]),
+        label_G=torch.tensor([labels[sample] for sample in samples] if labels else []),
         num_tokens=num_tokens,
+        loss_weight=float(len(groups)) if group_size else float(weight_N.double().sum()),
     )
+
+
+def mismatched(sequence: TokenSequence, other: TokenSequence, max_length: int) -> TokenSequence:
+    """The last answer of `other` behind the prompt of `sequence`, cut at `max_length` tokens.
+
+    Both have an answer, `sequence` one that begins before `max_length`; a prompt is all that
+    stands before the last one.
+    """
+    start, (first, count, weight) = sequence.runs[-1][0], other.runs[-1]
+    count = min(count, max_length - start)
+    ids = np.concatenate([sequence.ids[:start], other.ids[first : first + count]])
+    return TokenSequence(ids, ((start, count, weight),))
 
 
 class _Layout:
@@ -206,6 +262,7 @@ class _Layout:
         self.targets: list[np.ndarray] = []
         self.weights: list[np.ndarray] = []
         self.samples: list[np.ndarray] = []
+        self.sequence_numbers: list[np.ndarray] = []
 
     def add(self, branch: Branch, parent: int, before: list[np.ndarray]) -> None:
         """Appends a branch and its children; `before` holds the rows of its ancestors."""
@@ -218,7 +275,7 @@ class _Layout:
         for child in branch.children:
             self.add(child, segment, rows)
         if not branch.children:
-            self._supervise(sample, sequence, np.concatenate(rows))
+            self._supervise(sample, branch.sequence, np.concatenate(rows))
 
     def fill_up(self, multiple_of: int) -> None:
         """Appends the segment that makes the number of rows a multiple."""
@@ -233,14 +290,16 @@ class _Layout:
         self.parents.append(parent)
         self.num_rows += len(ids)
 
-    def _supervise(self, sample: int, sequence: TokenSequence, rows: np.ndarray) -> None:
+    def _supervise(self, sample: int, number: int, rows: np.ndarray) -> None:
         """Lists a sequence's supervised tokens; `rows` are the rows of all its tokens."""
+        sequence = self.sequences[number][1]
         for first, count, weight in sequence.runs:
             begin, end = max(first, 1), first + count
             self.rows.append(rows[begin - 1 : end - 1])
             self.targets.append(sequence.ids[begin:end])
             self.weights.append(np.full(end - begin, weight))
             self.samples.append(np.full(end - begin, sample))
+            self.sequence_numbers.append(np.full(end - begin, number))
 
 
 def _joined(parts: Sequence[np.ndarray], dtype: npt.DTypeLike) -> torch.Tensor:

@@ -11,7 +11,7 @@ from tunesmith.config.recipe import DataConfig, SourceConfig
 from tunesmith.data.mix import Share, replay_draws
 from tunesmith.data.order import drop_leaked, split_by_source
 from tunesmith.data.store import TokenStore
-from tunesmith.errors import DataError, Problem
+from tunesmith.errors import MAX_PROBLEMS, DataError, Problem
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def make_split(
     *,
     max_length: int,
     seed: int,
+    group_size: int = 0,
 ) -> Split:
     """Chooses training and validation samples.
 
@@ -63,11 +64,18 @@ def make_split(
         stores: for training, and for validation if that has data of its own.
         max_length: tokens of a sequence.
         seed: of the choice.
+        group_size: sequences that each sample must have, 0 for any number: then they are compared,
+            and none may be cut.
 
     Raises:
-        DataError: nothing is left to train on (`data.nothing-to-learn`).
+        DataError: nothing is left to train on (`data.nothing-to-learn`), or a sample has another
+            number of sequences (`data.group-size`).
     """
     store, validation_store = stores
+    if group_size:
+        data = data.model_copy(update={"overlong": "drop"})
+        for each in filter(None, stores):
+            _check_groups(each, group_size)
     source_of = store.sample_sources
     usable, counts = _usable(store, data, max_length, "data.train")
     is_replay = source_of[usable] == (len(sources) - 1 if data.replay else -1)
@@ -89,6 +97,22 @@ def make_split(
     train = train[np.argsort(source_of[train], kind="stable")]
     shares = _shares(data, sources, np.bincount(source_of[train], minlength=len(sources)))
     return Split(store, validation_store or store, train, shares, validation, counts, of_validation)
+
+
+def _check_groups(store: TokenStore, group_size: int) -> None:
+    found = np.flatnonzero(store.sequences_per_sample() != group_size)
+    problems = [
+        Problem(
+            str(store.origin(int(sample))),
+            "data.group-size",
+            f"{store.sequences_per_sample()[sample]} sequences: a template that shows earlier "
+            "turns otherwise than later ones",
+            f"{group_size}, to compare them",
+        )
+        for sample in found[:MAX_PROBLEMS]
+    ]
+    if problems:
+        raise DataError(problems, num_problems=len(found), try_="data.train_on=last")
 
 
 def _without_leaks(

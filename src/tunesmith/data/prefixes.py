@@ -59,6 +59,11 @@ class Branch:
             return replace(children[0], first=self.first)
         return replace(self, children=tuple(children))
 
+    def renumbered(self, first: int) -> Branch:
+        """The same branch with sequences numbered from `first` on."""
+        children = tuple(child.renumbered(first) for child in self.children)
+        return replace(self, sequence=self.sequence + first, children=children)
+
 
 def whole(sequences: Sequence[Ids]) -> list[Branch]:
     """Every sequence by itself."""

@@ -19,7 +19,7 @@ from tunesmith.data.tokenize import TokenSequence
 from tunesmith.io.manifest import file_sha256
 from tunesmith.types import Origin, Sample
 
-STORE_VERSION = 6
+STORE_VERSION = 7
 """Goes into the key: raise it when rendering or tokenization changes."""
 
 ARRAYS = {
@@ -35,12 +35,13 @@ ARRAYS = {
     "sample_file": np.int32,  # index into meta.json's list of files
     "sample_source": np.int16,  # number of the source
     "sample_kind": np.uint8,  # index into KINDS
+    "sample_label": np.uint8,  # 1 where a sample is rated good
 }
 
 KINDS = ("Conversation", "Completion", "Text", "Preference", "Rated")
 """Kinds of samples, by the names of their classes."""
 
-TEXT_KIND = KINDS.index("Text")
+TEXT_KIND, RATED_KIND = KINDS.index("Text"), KINDS.index("Rated")
 
 
 class TokenStore:
@@ -103,6 +104,19 @@ class TokenStore:
     def is_text(self) -> npt.NDArray[np.bool_]:
         """Which samples are raw text."""
         return self._arrays["sample_kind"] == TEXT_KIND
+
+    @cached_property
+    def is_rated(self) -> npt.NDArray[np.bool_]:
+        """Which samples are rated answers."""
+        return self._arrays["sample_kind"] == RATED_KIND
+
+    def label(self, sample: int) -> float:
+        """1 for a sample that is rated good, else 0."""
+        return float(self._arrays["sample_label"][sample])
+
+    def sequences_per_sample(self) -> npt.NDArray[np.int64]:
+        """How many sequences each sample has."""
+        return self._arrays["num_sequences"].astype(np.int64)
 
     def origin(self, sample: int) -> Origin:
         """Where a sample came from."""

@@ -245,11 +245,8 @@ def _save_last_step(run: Run, progress: Progress) -> None:
 def _record(run: Run, state: TrainState, steps: Iterator[Arrival[StepNote]]) -> None:
     """Takes the numbers of finished steps into the state and the event stream."""
     for arrival in steps:
-        step, batch, (loss, norm, is_good) = (
-            arrival.about.step,
-            arrival.about.batch,
-            arrival.numbers,
-        )
+        step, batch = arrival.about.step, arrival.about.batch
+        loss, norm, is_good, *metrics = arrival.numbers
         state.samples_seen += len(batch.sample_ids)
         state.tokens_seen += batch.num_tokens
         state.supervised_seen += batch.num_supervised
@@ -267,6 +264,7 @@ def _record(run: Run, state: TrainState, steps: Iterator[Arrival[StepNote]]) -> 
             data: dict[str, Json] = {
                 "epoch": round(done / run.loader.steps_per_epoch, 4),
                 "loss": loss,
+                **dict(zip(run.objective.metric_names, metrics, strict=True)),
                 "grad_norm": norm,
                 "learning_rate": learning_rate_at(run.recipe.train, step, run.num_steps),
                 "tokens": batch.num_tokens,
@@ -277,7 +275,7 @@ def _record(run: Run, state: TrainState, steps: Iterator[Arrival[StepNote]]) -> 
 
 
 def _say_skipped(run: Run, arrival: Arrival[StepNote], limit: float) -> None:
-    step, (loss, norm, _) = arrival.about.step, arrival.numbers
+    step, (loss, norm, *_) = arrival.about.step, arrival.numbers
     reason = f"the loss leaps above {limit:.4g}" if loss > limit else "not finite"
     places = _places(run, arrival.about.batch.sample_ids)
     message = f"step {step + 1} is not learned from: loss {loss:.4g}, gradient norm {norm:.4g}"

@@ -98,8 +98,8 @@ def prefetch_steps(
 def prefetch_validation(
     batches: Iterable[PackedBatch], device: torch.device
 ) -> Prefetch[tuple[PackedBatch, float]]:
-    """Validation batches on the device, each with its supervised weight."""
-    weighed = ((batch, float(batch.weight_N.double().sum())) for batch in batches)
+    """Validation batches on the device, each with what its loss counts for."""
+    weighed = ((batch, batch.loss_weight) for batch in batches)
     return Prefetch(weighed, placer(device))
 
 

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from tunesmith.engine.schedule import learning_rate_at
 from tunesmith.engine.signals import StopSignal
 from tunesmith.engine.watchdog import Watchdog
 from tunesmith.io.fault import fault
-from tunesmith.objectives.base import Objective
+from tunesmith.objectives.base import LooksAhead, Objective, StepResult
 from tunesmith.ops.memory_errors import is_out_of_memory
 from tunesmith.ops.optim import FlatAdamW
 from tunesmith.types import GlobalBatch, PackedBatch
@@ -81,8 +81,9 @@ def update(
         highest_loss: to be learned from.
 
     Returns:
-        (loss per supervised weight, gradient norm before clipping, 1 if weights were updated), on
-        the device. None if a signal came: then the step was dropped, and nothing of it remains.
+        (loss per supervised weight, gradient norm before clipping, 1 if weights were updated, and
+        the objective's metrics), on the device. None if a signal came: then the
+        step was dropped, and nothing of it remains.
 
     Raises:
         TooLargeError: memory did not suffice for a micro-batch; nothing of the step remains.
@@ -91,25 +92,52 @@ def update(
     seed_step(train.seed, step)
     run.model.train()
     run.optimizer.zero_grad()
-    loss = torch.zeros((), device=run.device)
+    names = run.objective.metric_names
+    loss, metrics = torch.zeros((), device=run.device), torch.zeros(len(names), device=run.device)
     if not batch.supervised_weight:
-        return torch.stack((loss, loss, loss))
+        return torch.cat((loss.expand(3), metrics))
+    run = _prepared(run, batch)
     for micro_batch in batch.micro_batches:
         if run.stop.received is not None:
             return None
         run.watchdog.beat("step")
         if micro_batch.row_N.numel():
             # Divided by the weight of the whole global batch: any split is the same.
-            loss += _forward_backward(run, micro_batch, batch.supervised_weight, step)
+            share, found = _forward_backward(run, micro_batch, batch.supervised_weight, step)
+            loss, metrics = loss + share, metrics + found
     norm = run.optimizer.clip(train.clip_norm)
     is_good = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= highest_loss)
     fault("step.update", step=step)
     run.optimizer.step(learning_rate_at(train, step, run.num_steps), is_good)
-    return torch.stack((loss, norm, is_good.to(loss.dtype)))
+    return torch.cat((torch.stack((loss, norm, is_good.to(loss.dtype))), metrics))
 
 
-def _forward_backward(run: Run, batch: PackedBatch, weight: float, step: int) -> torch.Tensor:
-    """Adds the gradients of a micro-batch up; returns its share of the loss."""
+def _prepared(run: Run, batch: GlobalBatch) -> Run:
+    """The run with its objective made ready for the step, where that must see all of it first."""
+    objective, found = run.objective, list[torch.Tensor]()
+    if not isinstance(objective, LooksAhead) or not objective.looks_ahead:
+        return run
+    if len(batch.micro_batches) == 1:  # the step itself sees all there is
+        return run
+    for micro_batch in batch.micro_batches:
+        if run.stop.received is not None:
+            return run
+        run.watchdog.beat("step")
+        try:
+            with run.autocast():
+                found.append(objective.look_ahead(run.model, micro_batch.to(run.device)))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)
+            raise TooLargeError(micro_batch, str(error)) from None
+    return replace(run, objective=objective.prepared(found))
+
+
+def _forward_backward(
+    run: Run, batch: PackedBatch, weight: float, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds the gradients of a micro-batch up; returns its shares of loss and metrics."""
     tokens = batch.num_stored_tokens
     try:
         factor = fault("step.micro", step=step, tokens=tokens, samples=batch.sample_N.tolist)
@@ -126,19 +154,26 @@ def _forward_backward(run: Run, batch: PackedBatch, weight: float, step: int) ->
         # The frames below hold all that the forward kept; it must be gone before another try.
         traceback.clear_frames(error.__traceback__)
         raise TooLargeError(batch, str(error)) from None
-    return share.detach().float()
+    return share.detach().float(), _stacked(run, result) / weight
+
+
+def _stacked(run: Run, result: StepResult) -> torch.Tensor:
+    names = run.objective.metric_names
+    if not names:
+        return torch.zeros(0, device=run.device)
+    return torch.stack([result.metrics[name].detach().float() for name in names])
 
 
 def evaluate_loss(
     run: Run, batches: Iterable[PackedBatch], should_stop: Callable[[], bool] = lambda: False
-) -> float | None:
-    """Mean loss per supervised weight, or None if stopped before the end.
+) -> list[float] | None:
+    """Mean loss per supervised weight, then the metrics' means; None if stopped before the end.
 
     Raises:
         TooLargeError: memory did not suffice for a batch.
     """
     run.model.eval()
-    loss, weight = 0.0, 0.0
+    total, weight = [0.0] * (1 + len(run.objective.metric_names)), 0.0
     sums = open_readback(run.device, float)
     with torch.no_grad(), prefetch_validation(batches, run.device) as weighed:
         for batch, batch_weight in weighed:
@@ -148,17 +183,22 @@ def evaluate_loss(
             if batch.row_N.numel():
                 sums.put(batch_weight, _measure(run, batch), time.perf_counter())
                 for arrival in sums.ready():
-                    loss, weight = loss + arrival.numbers[0], weight + arrival.about
+                    total, weight = _added(total, arrival.numbers), weight + arrival.about
     for arrival in sums.drain():
-        loss, weight = loss + arrival.numbers[0], weight + arrival.about
-    return loss / weight if weight else float("nan")
+        total, weight = _added(total, arrival.numbers), weight + arrival.about
+    return [each / weight if weight else math.nan for each in total]
+
+
+def _added(left: list[float], right: list[float]) -> list[float]:
+    return [a + b for a, b in zip(left, right, strict=True)]
 
 
 def _measure(run: Run, batch: PackedBatch) -> torch.Tensor:
     try:
         fault("eval.batch", tokens=batch.num_stored_tokens)
         with run.autocast():
-            return run.objective.step(run.model, batch.to(run.device)).loss_sum[None]
+            result = run.objective.step(run.model, batch.to(run.device))
+        return torch.cat((result.loss_sum.detach().float()[None], _stacked(run, result)))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

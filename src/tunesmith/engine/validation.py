@@ -10,6 +10,7 @@ from tunesmith.engine.oom import TooLargeError, free_memory
 from tunesmith.engine.state import TrainState
 from tunesmith.engine.step import Run, evaluate_loss
 from tunesmith.errors import OutOfMemoryError
+from tunesmith.types import Json
 
 MOST_PLACES = 8
 """Samples that a message names."""
@@ -52,12 +53,15 @@ def evaluate(run: Run, state: TrainState) -> None:
         loss = _measure(run, state)
     if loss is None:
         return
+    loss, *metrics = loss
     is_best = state.record_evaluation(loss)
-    seconds = round(time.perf_counter() - started, 2)
-    run.events.emit("evaluation", state.step, {"loss": loss, "best": is_best, "seconds": seconds})
+    facts: dict[str, Json] = {"loss": loss, "best": is_best}
+    facts |= dict(zip(run.objective.metric_names, metrics, strict=True))
+    facts["seconds"] = round(time.perf_counter() - started, 2)
+    run.events.emit("evaluation", state.step, facts)
 
 
-def _measure(run: Run, state: TrainState) -> float | TooLargeError | None:
+def _measure(run: Run, state: TrainState) -> list[float] | TooLargeError | None:
     if run.validation is None:
         return None
     tokens = state.validation_tokens or loader_of(run, state).micro_batch_tokens

@@ -33,7 +33,7 @@ def result_card(*, label: str, base: str, is_adapter: bool, facts: dict[str, obj
             'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
         )
     code += 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
-    kind = "A LoRA adapter for" if is_adapter else "Fine-tuned from"
+    kind = "An adapter for" if is_adapter else "Fine-tuned from"
     return (
         f"# {label}\n\n{kind} `{base}`, trained with tunesmith.\n\n"
         f"```python\n{code}\n```\n\n| | |\n|---|---|\n{rows}\n"

@@ -37,6 +37,31 @@ MAX_JSON_BYTES = 64 << 20
 """Largest file of settings; the index of the largest model has 11 MB."""
 
 MAX_RANK = 1 << 14
+MAX_SIZE = 1 << 20
+
+TUNER_KINDS = frozenset(
+    {
+        *("BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA"),
+        *("IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "PEANUT", "PSOFT", "RANDLORA"),
+        *("ROAD", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA"),
+        "WAVEFT",
+    }
+)
+"""Adapters that are their weights and some numbers.
+
+Others stay refused: X-LoRA, Cartridge, CPT and multitask prompts load more files or a tokenizer, by
+names in their settings; adaption prompts and OSF change the model's own code or weights; AdaLoRA,
+Poly and Shadow have nothing here that would run them."""
+
+PROMPT_KINDS = frozenset({"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"})
+PROMPT_KEYS = frozenset(
+    {
+        *("peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version"),
+        *("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"),
+    }
+)
+"""All that virtual tokens need of their settings. The others say how they began, for which PEFT
+loads a tokenizer (`tokenizer_name_or_path`, `tokenizer_kwargs` with `trust_remote_code`)."""
 
 # Names code, a kernel, another file or another place, or is transformers' own business. Older
 # versions of transformers wrote some of them into honest files, so they are dropped, not refused.
@@ -105,12 +130,14 @@ def model_view(folder: Path, label: str, *, with_weights: bool) -> Generator[Pat
 
 @contextmanager
 def adapter_view(folder: Path, label: str) -> Generator[Path]:
-    """Yields a view of a LoRA adapter's folder: its settings and its weights.
+    """Yields a view of an adapter's folder: its settings and its weights.
 
     Raises:
-        ModelError: as `model_view`, or it is no LoRA adapter that is known (`model.bad-adapter`).
+        ModelError: as `model_view`, or it is no adapter that is known (`model.bad-adapter`).
     """
     values, weights = adapter_settings(folder, label), adapter_weights(folder, label)
+    if values["peft_type"] in PROMPT_KINDS:
+        _check_prompt(values, weights, label)
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as temporary:
         view = Path(temporary)
         _show(weights, view)
@@ -253,26 +280,86 @@ def _clean_tokenizer_config(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def adapter_settings(folder: Path, label: str) -> dict[str, Any]:
-    """The settings of a LoRA adapter without what names code; the base model's name is a text.
+    """The settings of an adapter without what names code; the base model's name is a text.
 
     Raises:
-        ModelError: it is no such adapter (`model.bad-adapter`, `model.bad-config`).
+        ModelError: it is of a kind that is not known (`model.bad-adapter`, `model.bad-config`).
     """
     values = read_settings(folder / ADAPTER_CONFIG)
-    if values.get("peft_type") != "LORA":
-        # Others load more files, by names in their settings: X-LoRA adapters, prompt tuning a
-        # tokenizer, with `trust_remote_code` if the settings say so.
-        raise _adapter_error(label, f"peft_type {values.get('peft_type')!r}", "LORA")
+    kind = values.get("peft_type")
+    if not isinstance(kind, str) or kind not in TUNER_KINDS | PROMPT_KINDS:
+        known = ", ".join(sorted(TUNER_KINDS | PROMPT_KINDS))
+        raise _adapter_error(label, f"peft_type {kind!r}", f"one of {known}")
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
     if not isinstance(base, str) or not base or not base.isprintable():
         raise _adapter_error(label, f"base_model_name_or_path {base!r}", "a hub id or a folder")
     if revision is not None and not (isinstance(revision, str) and revision.isprintable()):
         raise _adapter_error(label, f"revision {revision!r}", "the name of a revision")
-    ranks = values.get("rank_pattern") or {}
-    each = [values.get("r"), *(ranks.values() if isinstance(ranks, dict) else [None])]
-    if not all(type(rank) is int and 0 < rank <= MAX_RANK for rank in each):
-        raise _adapter_error(label, f"the ranks {str(each)[:60]}", f"1 to {MAX_RANK}")
+    _check_sizes(values, label)
+    if kind in PROMPT_KINDS:
+        given = {key: value for key, value in values.items() if key in PROMPT_KEYS}
+        return {**given, "inference_mode": True, "num_transformer_submodules": 1}
     return {key: value for key, value in values.items() if key not in DROPPED_ADAPTER_KEYS}
+
+
+SIZE_KEYS = {
+    **dict.fromkeys(("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"), 1),
+    **dict.fromkeys(("n_frequency", "num_vectors", "vector_length"), 1),
+    **dict.fromkeys(("boft_block_size", "boft_block_num", "oft_block_size", "hybrid_r"), 0),
+    **dict.fromkeys(("gralora_k", "group_size", "theta_d_length", "u"), 1),
+}
+"""Numbers in settings that sizes follow from, and the least that each may be."""
+
+MAX_DEPTH = 64
+"""Square matrices in a row that PEANuT may have, each of the rank."""
+
+
+def _check_sizes(values: Mapping[str, Any], label: str) -> None:
+    """Refuses sizes that no honest adapter has and that would ask for all the memory there is.
+
+    Raises:
+        ModelError: `model.bad-adapter`.
+    """
+    kind = values["peft_type"]
+    ranks = values.get("rank_pattern") or {}
+    if not isinstance(ranks, dict):
+        raise _adapter_error(label, f"a rank_pattern {str(ranks)[:60]}", "names with ranks")
+    each: list[object] = list(cast("dict[str, object]", ranks).values())
+    if kind == "LORA" or values.get("r") is not None:
+        each.append(values.get("r"))
+    least = 0 if kind == "OFT" else 1
+    if not all(type(rank) is int and least <= rank <= MAX_RANK for rank in each):
+        raise _adapter_error(label, f"the ranks {str(each)[:60]}", f"1 to {MAX_RANK}")
+    needed = ("num_virtual_tokens", "token_dim") if kind in PROMPT_KINDS else ()
+    for key, lowest in SIZE_KEYS.items():
+        size = values.get(key)
+        if size is None and key not in needed:
+            continue
+        if type(size) is not int or not lowest <= size <= MAX_SIZE:
+            raise _adapter_error(label, f"{key} {str(size)[:60]}", f"{lowest} to {MAX_SIZE}")
+    depth = values.get("depth") or 0
+    if type(depth) is not int or not 0 <= depth <= MAX_DEPTH:
+        raise _adapter_error(label, f"depth {str(depth)[:60]}", f"0 to {MAX_DEPTH}")
+
+
+def _check_prompt(values: Mapping[str, Any], weights: Path, label: str) -> None:
+    """Refuses virtual tokens of other sizes than the file has: they would be made before loading.
+
+    Raises:
+        ModelError: `model.bad-adapter`.
+    """
+    from safetensors import safe_open
+
+    key = "prompt_embeddings"
+    with safe_open(weights, framework="numpy") as file:  # pyright: ignore[reportUnknownVariableType]
+        there: Any = file.get_slice(key).get_shape() if key in set(file.keys()) else None
+    width = values["token_dim"]
+    if values["peft_type"] == "PREFIX_TUNING":
+        width *= 2 * (values.get("num_layers") or 0)
+    if there != [values["num_virtual_tokens"], width]:
+        raise _adapter_error(
+            label, f"{key} of shape {there}", f"[{values['num_virtual_tokens']}, {width}]"
+        )
 
 
 def adapter_weights(folder: Path, label: str) -> Path:

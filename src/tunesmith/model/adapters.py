@@ -11,10 +11,33 @@ from typing import Any
 
 import torch
 
-from tunesmith.config.recipe import FreezeConfig, FullConfig, LoraConfig
+from tunesmith.config.method import (
+    MUTATING_INITS,
+    AdapterConfig,
+    FreezeConfig,
+    FullConfig,
+    LoraConfig,
+    Method,
+)
 from tunesmith.errors import RecipeError
 from tunesmith.io.headers import check_safetensors
+from tunesmith.model.embeddings import install_prompt
 from tunesmith.model.layers import decoder_of, layer_list, names_of_lower_layers, parts_above
+from tunesmith.model.low_rank import (
+    Changes,
+    changes_of,
+    is_low_rank,
+    lora_products,
+    note_changes,
+    save_as_one,
+)
+from tunesmith.model.peft_config import (
+    adapter_config,
+    check_modules,
+    lora_config,
+    refused_by_peft,
+    target_error,
+)
 
 ADAPTER_FILE = "adapter_model.safetensors"
 TRAINED_FILE = "trained.safetensors"
@@ -22,17 +45,24 @@ TRAINED_FILE = "trained.safetensors"
 
 
 def attach(
-    model: Any, method: FullConfig | LoraConfig | FreezeConfig, revision: str | None = None
+    model: Any, method: Method, revision: str | None = None, *, merged: Changes | None = None
 ) -> Any:
     """Prepares a model for training.
 
-    LoRA wraps it in a PEFT model with fp32 adapters. Weights that are trained themselves keep their
+    Adapters wrap it in a PEFT model, LoRA's in fp32. Weights that are trained themselves keep their
     type; in half precision they need an optimizer that does not round small updates away.
 
+    Args:
+        model: the base model.
+        method: of the recipe, resolved.
+        revision: of the base model, for the adapter's file.
+        merged: what an adapter merged before has changed of the weights.
+
     Raises:
-        RecipeError: `method.target` names no layer of the model (`recipe.target`), it has fewer
-            layers than `method.layers` (`recipe.layers`), or `method.head` is its embedding, too
-            (`recipe.tied-head`).
+        RecipeError: `method.target` or another pattern names nothing in the model
+            (`recipe.target`), it has fewer layers than `method.layers` (`recipe.layers`),
+            `method.head` is its embedding, too (`recipe.tied-head`), or PEFT refuses the adapter
+            (`recipe.adapter`, `recipe.unknown-key`).
     """
     if isinstance(method, FullConfig):
         for parameter in model.parameters():
@@ -40,70 +70,110 @@ def attach(
         return model
     if isinstance(method, FreezeConfig):
         return _freeze(model, method)
-    return _adapt(model, method, revision)
+    if isinstance(method, AdapterConfig):
+        wrapped = _wrap(model, adapter_config(method), method.kind, revision)
+        if not sum(parameter.numel() for _, parameter in trainable_parameters(wrapped)):
+            raise refused_by_peft(method.kind, ValueError("nothing is trained with these settings"))
+        if method.is_prompt:
+            install_prompt(wrapped)
+        return wrapped
+    wrapped = _adapt(model, method, revision)
+    taken_out = lora_products(wrapped, sign=-1.0) if method.init in MUTATING_INITS else {}
+    if taken_out or merged:
+        note_changes(wrapped, merged or {}, taken_out)
+    return wrapped
 
 
 def _freeze(model: Any, method: FreezeConfig) -> Any:
-    """Leaves the last layers trainable, with final norm and head as the method says."""
+    """Leaves chosen layers trainable, with final norm, head and embedding as the method says."""
     decoder = decoder_of(model)
     _, layers = layer_list(decoder)
-    _check_layers(method.layers, len(layers))
+    _check_layers(max(method.layers, method.first), len(layers))
     trained: list[torch.nn.Module] = list(layers[len(layers) - method.layers :])
+    trained += layers[: method.first]
+    if method.embeddings:
+        trained.append(model.get_input_embeddings())
     if method.norm:
         trained += parts_above(decoder)
     if method.head:
         head = model.get_output_embeddings()
-        if head.weight is model.get_input_embeddings().weight:
+        if head.weight is model.get_input_embeddings().weight and not method.embeddings:
             raise RecipeError(
                 "recipe.tied-head",
                 "method.head",
                 found="a head that is the embedding, too, which lies below all layers",
                 expected="head: false, or a model whose head has weights of its own",
-                try_="method: full trains everything",
+                try_="embeddings: true trains both",
             )
         trained.append(head)
+    by_name = _named_by(model, method.pattern) if method.pattern is not None else []
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for module in trained:
+    for module in (*trained, *by_name):
         module.requires_grad_(True)
     return model
 
 
-def _adapt(model: Any, method: LoraConfig, revision: str | None) -> Any:
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
+def _named_by(model: Any, pattern: str) -> list[torch.nn.Parameter]:
+    """The parameters in whose names a pattern is found."""
+    try:
+        found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
+    except re.error as error:
+        raise _pattern_error(pattern, f"no regular expression ({error})") from None
+    if not found:
+        raise _pattern_error(pattern, "found in no parameter's name")
+    return found
 
-    if method.rank == "auto" or method.alpha == "auto":
-        raise ValueError("resolve the recipe before attaching adapters")
+
+def _pattern_error(pattern: str, problem: str) -> RecipeError:
+    return RecipeError(
+        "recipe.target",
+        "method.pattern",
+        found=f"{pattern!r}, {problem}",
+        expected="a regular expression such as layers.0.*norm",
+    )
+
+
+def _adapt(model: Any, method: LoraConfig, revision: str | None) -> Any:
     lower = None
     if method.layers is not None:
         _check_layers(method.layers, len(layer_list(decoder_of(model))[1]))
         lower = names_of_lower_layers(model, method.layers)
-    config = PeftLoraConfig(
-        task_type="CAUSAL_LM",
-        r=method.rank,
-        # PEFT's field is an int; alpha/r is a plain division, so a float serves as well.
-        lora_alpha=int(method.alpha) if float(method.alpha).is_integer() else method.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=method.dropout,
-        target_modules=method.target,
-        # PEFT's layers_to_transform does not go with targets that are one string, as all-linear is.
-        exclude_modules=lower,
-    )
+    check_modules(model, method.train_modules)
     try:
-        wrapped: Any = get_peft_model(model, config, revision=revision)
-    except (ValueError, re.error) as error:
-        raise RecipeError(
-            "recipe.target",
-            "method.target",
-            found=f"{method.target!r}, which fits no layer",
-            expected=f"names such as {', '.join(_linear_names(model))}",
-        ) from error
+        wrapped = _wrap(
+            model, lora_config(method, lower, is_tied=_trains_tied(model, method)), "LoRA", revision
+        )
+    except RecipeError as error:
+        cause = error.__cause__
+        if isinstance(cause, re.error) or "arget modules" in str(cause):
+            raise target_error(model, "target", method.target) from cause
+        raise
     for module in wrapped.modules():
         # PEFT widens each adapter's input to the adapter's fp32, and autocast narrows it again: two
         # copies of every activation for nothing. Without the first, the numbers are the same.
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
     return wrapped
+
+
+def _trains_tied(model: Any, method: LoraConfig) -> bool:
+    """Whether a matrix that is both embedding and head is trained whole."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return False
+    names = [name for name, module in model.named_modules() if module in (embedding, head)]
+    wanted = tuple(method.train_modules)
+    return any(f".{name}".endswith(tuple(f".{each}" for each in wanted)) for name in names)
+
+
+def _wrap(model: Any, config: Any, kind: str, revision: str | None) -> Any:
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, config, revision=revision)
+    except (ValueError, TypeError, KeyError, NotImplementedError, re.error) as error:
+        raise refused_by_peft(kind, error) from error
 
 
 def trainable_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
@@ -129,7 +199,7 @@ class TrainedWeights:
             copies: write them as they are now, whatever becomes of them.
         """
         model, trained = self.model, dict(trainable_parameters(self.model))
-        if hasattr(model, "peft_config") or len(trained) == len(list(model.parameters())):
+        if is_plain_lora(model) or len(trained) == len(list(model.parameters())):
             state = None
             if copies:  # what is frozen stays as it is without
                 state = model.state_dict()
@@ -172,6 +242,9 @@ def save_weights(
         folder: where to.
         state: weights to write in place of the model's own.
     """
+    if changes_of(model):
+        save_as_one(model, folder)
+        return
     model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     card = folder / "README.md"
     card.unlink(missing_ok=True)  # PEFT's card is a form to fill in; ours comes with the export
@@ -192,11 +265,13 @@ def load_weights(model: Any, folder: Path) -> None:
         if file.name != "optim.safetensors":
             check_safetensors(file)
             stored.update(load_file(file))
-    targets = dict(_stored_names(model))
+    is_raw = (folder / TRAINED_FILE).exists() and hasattr(model, "peft_config")
+    targets = dict(trainable_parameters(model) if is_raw else _stored_names(model))
     trained = {name for name, tensor in targets.items() if tensor.requires_grad}
     missing = sorted(trained - set(stored))
-    # PEFT writes the frozen weight of an adapted embedding or head beside its adapter.
-    stored = {name: tensor for name, tensor in stored.items() if ".base_layer." not in name}
+    if not is_raw:
+        # PEFT writes the frozen weight of an adapted embedding or head beside its adapter.
+        stored = {name: tensor for name, tensor in stored.items() if ".base_layer." not in name}
     unknown = sorted(set(stored) - set(targets))
     # A tied head is stored once, under the embedding's name.
     tied: set[str] = set(getattr(model, "_tied_weights_keys", None) or ())
@@ -221,6 +296,16 @@ def _stored_names(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield re.sub(r"\.default(?=\.|$)", "", name), parameter
 
 
+def is_plain_lora(model: Any) -> bool:
+    """Whether PEFT's file of a LoRA adapter has all that is trained, under its own names.
+
+    Others leave something out (the network behind p-tuning's tokens) or rename it.
+    """
+    if not hasattr(model, "peft_config"):
+        return False
+    return is_low_rank(model.peft_config["default"]) and not changes_of(model)
+
+
 def _check_layers(wanted: int, available: int) -> None:
     if wanted > available:
         raise RecipeError(
@@ -229,12 +314,3 @@ def _check_layers(wanted: int, available: int) -> None:
             found=str(wanted),
             expected=f"at most {available}, the layers of this model",
         )
-
-
-def _linear_names(model: Any) -> list[str]:
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    return sorted(names)[:12]

@@ -13,11 +13,13 @@ from tunesmith.config.budget import Level
 from tunesmith.config.recipe import Recipe
 from tunesmith.io.cache import cache_folder
 from tunesmith.model.adapters import attach, trainable_parameters
+from tunesmith.model.embeddings import install_noise
 from tunesmith.model.fast_path import fast_layers, make_fast, set_levels
 from tunesmith.model.layers import first_trainable_layer
 from tunesmith.model.load import PACKED_ATTENTION, ModelSource, load_model
 from tunesmith.model.memory import StepBytes, measure_step, probe_batch
 from tunesmith.model.packing import check_packing
+from tunesmith.model.start import continue_start, merged_start
 from tunesmith.model.trunk import CachedTrunk, open_trunk
 from tunesmith.ops.kernels import are_fused, fuse_kernels
 from tunesmith.types import PackedBatch
@@ -103,14 +105,15 @@ def build_model(
         source, dtype=dtype, attention=PACKED_ATTENTION, quantize=recipe.model.quantize
     )
     check_packing(base, source.label)
-    seed()
-    model = attach(base, recipe.method, source.revision).to(device)
+    model = _prepare(base, source, recipe, seed).to(device)
     fuse_kernels(is_on=train.compile == "kernels")
     notes.append(make_fast(model))
     autocast_dtype = None
     if dtype == "bfloat16" and not fast_layers(model):
         autocast_dtype = torch.bfloat16  # float32 adapters between bfloat16 weights
-    trunk, wants_trunk = None, number(train.epochs) > 1 and first_trainable_layer(model) > 0
+    # Noise comes before the lowest layer: what leaves the frozen ones is never the same again.
+    is_fixed = train.neftune_alpha is None and first_trainable_layer(model) > 0
+    trunk, wants_trunk = None, number(train.epochs) > 1 and is_fixed
     if wants_trunk:
         trunk = open_trunk(
             model,
@@ -124,3 +127,16 @@ def build_model(
     return BuiltModel(
         model, trainable_parameters(model), wants_trunk, trunk, autocast_dtype, tuple(notes)
     )
+
+
+def _prepare(base: Any, source: ModelSource, recipe: Recipe, seed: Callable[[], None]) -> Any:
+    """The base with what is trained on it, begun from another adapter if the recipe says so."""
+    merged, goes_on = None, source.adapter is not None
+    if goes_on and recipe.model.merge_adapter:
+        base, merged = merged_start(base, source)
+    seed()
+    model = attach(base, recipe.method, source.revision, merged=merged)
+    if goes_on and not recipe.model.merge_adapter:
+        continue_start(model, source)
+    install_noise(model, recipe.train.neftune_alpha)
+    return model

@@ -157,6 +157,8 @@ def describe_layer(layer: Any) -> FastLayer:
     norms += [getattr(attention, name) for name in ATTENTION_NORMS & _part_names(attention)]
     for module in norms:
         check_norm(module)
+    if "forward" in vars(attention):
+        raise UnsuitableError("attention with a forward of its own")
     if type(attention).__name__ not in ATTENTION_KINDS:
         raise UnsuitableError(f"attention of the kind {type(attention).__name__}")
     if getattr(attention, "attention_dropout", 0.0):

@@ -47,6 +47,8 @@ def first_trainable_layer(model: Any) -> int:
     0 if the embedding or anything else before the layers is trained; the number of all layers if
     only the final norm or the head is.
     """
+    if hasattr(model, "prompt_encoder"):
+        return 0  # virtual tokens go through all layers
     decoder = decoder_of(model)
     _, layers = layer_list(decoder)
     if any(_is_trained(part) for part in [*parts_below(decoder), decoder.get_input_embeddings()]):

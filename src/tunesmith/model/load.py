@@ -38,11 +38,15 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model's files are: a folder on disk, or a hub id with its revision."""
+    """Where a model's files are: a folder on disk, or a hub id with its revision.
+
+    `adapter` is the folder of an adapter to go on from, if there is one.
+    """
 
     label: str
     path: str
     revision: str | None = None
+    adapter: str | None = None
 
     @property
     def is_local(self) -> bool:

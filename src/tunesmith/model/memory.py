@@ -12,7 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tunesmith.config.budget import Level, Needs
-from tunesmith.config.recipe import FreezeConfig, FullConfig, LoraConfig, Recipe
+from tunesmith.config.method import (
+    AdapterConfig,
+    FreezeConfig,
+    FullConfig,
+    LoraConfig,
+    Method,
+    auto_alpha,
+)
+from tunesmith.config.recipe import Recipe
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import attach, trainable_parameters
 from tunesmith.model.fast_layer import UnsuitableError, describe_layer
@@ -20,8 +28,6 @@ from tunesmith.model.layers import decoder_of, first_trainable_layer, layer_list
 from tunesmith.ops.linear_logp import BLOCK_BYTES, CHUNK_BYTES
 from tunesmith.ops.optim import bytes_per_parameter
 from tunesmith.types import PackedBatch, Segments
-
-Method = FullConfig | LoraConfig | FreezeConfig
 
 NF4_BYTES = 0.52
 """Of a weight quantized to NF4 with double quantization: 4.127 bits (arXiv 2305.14314)."""
@@ -92,6 +98,9 @@ def measure_config(config: Any, method: Method) -> Sizes:
             ) from error
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         num_linear = _count_linear(model)
+        num_embeddings = model.get_input_embeddings().num_embeddings
+    # Other kinds than LoRA read numbers that they make, which the meta device does not have.
+    with torch.device("cpu" if isinstance(method, AdapterConfig) else "meta"):
         trained = attach(model, _with_numbers(method))
     text = config.get_text_config()
     hidden, num_layers = text.hidden_size, text.num_hidden_layers
@@ -104,7 +113,7 @@ def measure_config(config: Any, method: Method) -> Sizes:
         hidden_size=hidden,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * hidden,
         context_tokens=getattr(text, "max_position_embeddings", None) or 4096,
-        num_embeddings=model.get_input_embeddings().num_embeddings,
+        num_embeddings=num_embeddings,
         query_size=heads * head_size,
         key_size=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
         num_linear=num_linear,
@@ -131,11 +140,16 @@ def estimate_needs(
     weights = sizes.num_parameters * width
     if recipe.model.quantize == "nf4":
         weights -= round(sizes.num_linear * (width - NF4_BYTES))
-    trains_head = is_full or (isinstance(recipe.method, FreezeConfig) and recipe.method.head)
+    trains_head = is_full or (
+        isinstance(recipe.method, FreezeConfig) and (recipe.method.head or recipe.method.embeddings)
+    )
     head_gradient = 4 * sizes.num_embeddings * sizes.hidden_size if trains_head else 0
     hidden = sizes.hidden_size * width
     working = (4 * sizes.intermediate_size + 4 * sizes.hidden_size) * width
-    layers = dict(kept_per_token(sizes, width))
+    layers: dict[Level, float] = dict(kept_per_token(sizes, width))
+    if isinstance(recipe.method, LoraConfig) and recipe.method.dora:
+        more = _dora_per_token(sizes, width)
+        layers = {level: size + more for level, size in layers.items()}
     if device_kind != "cuda":
         layers.pop("offload", None)  # the device's memory is the host's
     return Needs(
@@ -179,6 +193,12 @@ def kept_per_token(sizes: Sizes, width: int) -> Mapping[Level, float]:
         "full": hidden * width,
         "offload": 0.0,
     }
+
+
+def _dora_per_token(sizes: Sizes, width: int) -> float:
+    """Bytes that DoRA keeps of a token in a layer: both summands of every projection's output."""
+    outputs = sizes.query_size + 2 * sizes.key_size + 2 * sizes.hidden_size
+    return 2 * (outputs + 2 * sizes.intermediate_size) * width
 
 
 # From tiny steps
@@ -294,7 +314,11 @@ def probe_batch(num_tokens: int, device: torch.device) -> PackedBatch:
         target_N=ids_T[last + 1],
         weight_N=torch.ones(1),
         sample_N=torch.zeros(1, dtype=torch.int64),
+        sequence_N=torch.zeros(1, dtype=torch.int64),
+        group_GK=torch.empty(0, 1, dtype=torch.int64),
+        label_G=torch.empty(0),
         num_tokens=num_tokens,
+        loss_weight=1.0,
     ).to(device)
 
 
@@ -315,9 +339,10 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
 
 def _optimizer_bytes(recipe: Recipe, *, is_bf16: bool) -> float:
     """Of a trained parameter: gradient, moments, a master copy; an adapter itself, in fp32."""
-    optimizer, is_lora = recipe.train.optimizer, isinstance(recipe.method, LoraConfig)
-    return 4 * is_lora + bytes_per_parameter(
-        optimizer.states, is_bf16=is_bf16 and not is_lora, keep_master=optimizer.keep_master
+    optimizer = recipe.train.optimizer
+    is_adapter = isinstance(recipe.method, LoraConfig | AdapterConfig)
+    return 4 * is_adapter + bytes_per_parameter(
+        optimizer.states, is_bf16=is_bf16 and not is_adapter, keep_master=optimizer.keep_master
     )
 
 
@@ -343,7 +368,11 @@ def _is_known(model: Any) -> bool:
 
 
 def _with_numbers(method: Method) -> Method:
+    """The method as it can be attached to a model without weights."""
+    if isinstance(method, AdapterConfig) and method.kind == "PROMPT_TUNING":
+        return method.model_copy(update={"prompt_tuning_init": "RANDOM"})
     if not isinstance(method, LoraConfig):
         return method
     rank = 16 if method.rank == "auto" else method.rank
-    return method.model_copy(update={"rank": rank, "alpha": 2.0 * rank})
+    alpha = auto_alpha(method, rank)[0]
+    return method.model_copy(update={"rank": rank, "alpha": alpha, "init": "default"})

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from tunesmith.config.recipe import LoraConfig, Recipe
+from tunesmith.config.method import MUTATING_INITS, AdapterConfig, LoraConfig
+from tunesmith.config.recipe import Recipe
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.ops.lora import Dense
 from tunesmith.ops.nf4 import BITS_PER_WEIGHT
@@ -49,12 +50,16 @@ def check_method(recipe: Recipe) -> None:
     Raises:
         RecipeError: `recipe.quantize`, with both keys.
     """
-    if recipe.model.quantize != "none" and not isinstance(recipe.method, LoraConfig):
+    method = recipe.method
+    fits = isinstance(method, LoraConfig) and method.init not in MUTATING_INITS
+    fits = fits or (isinstance(method, AdapterConfig) and method.is_prompt)
+    if recipe.model.quantize != "none" and not fits:
         raise RecipeError(
             "recipe.quantize",
             "method",
             found=f"`model.quantize: {recipe.model.quantize}` with `method: {recipe.method.name}`",
-            expected="`method: lora`: quantized weights cannot be trained themselves",
+            expected="`method: lora` with an `init` that leaves weights as they are, or virtual "
+            "tokens: quantized weights cannot be trained themselves",
             try_="leave `model.quantize` out, or choose `method: lora`",
         )
 

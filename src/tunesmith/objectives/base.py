@@ -8,9 +8,9 @@ Shape letters: T tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -22,7 +22,8 @@ class StepResult:
     """What an objective says about one micro-batch.
 
     `loss_sum` is a sum over supervised weight, not a mean: the loop divides it by the weight of the
-    whole global batch, so that accumulation over micro-batches is exact.
+    whole global batch, so that accumulation over micro-batches is exact. So are `metrics`, which
+    an objective names in `metric_names`.
     """
 
     loss_sum: torch.Tensor
@@ -30,7 +31,21 @@ class StepResult:
 
 
 class Objective(Protocol):
-    """A pure function of model and batch."""
+    """A pure function of model and batch.
+
+    `metric_names` are the keys of its results' metrics. `group_size` is how many sequences of a
+    sample it compares (2: chosen and rejected); 0 looks at tokens alone.
+    """
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The keys of the metrics, in the order they are read."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """Sequences of a sample that belong together."""
+        ...
 
     def step(self, model: Any, batch: PackedBatch) -> StepResult:
         """Loss and metrics of one micro-batch; `batch` is on the model's device.
@@ -38,6 +53,24 @@ class Objective(Protocol):
         A model in eval mode is being measured: what only helps training (label smoothing, z-loss)
         stays out of its loss, as dropout does.
         """
+        ...
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """An objective whose loss depends on the whole step: on all of its micro-batches at once."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it does so."""
+        ...
+
+    def look_ahead(self, model: Any, batch: PackedBatch) -> torch.Tensor:
+        """What a micro-batch adds to that, without gradients; `batch` is on the device."""
+        ...
+
+    def prepared(self, found: Sequence[torch.Tensor]) -> Objective:
+        """The objective of one step, from what was found in its micro-batches."""
         ...
 
 

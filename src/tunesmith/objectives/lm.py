@@ -29,6 +29,8 @@ class SftObjective:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     trunk: Trunk | None = None
+    metric_names: tuple[str, ...] = ()
+    group_size: int = 0
 
     def step(self, model: Any, batch: PackedBatch) -> StepResult:
         """`loss_sum = sum(weight * loss)`; a batch without supervised rows gives 0.

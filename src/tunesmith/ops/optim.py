@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 
@@ -81,7 +81,7 @@ class Layout:
 
 @dataclass
 class FlatGroup:
-    """Parameters of one type that decay alike, and their flat buffers.
+    """Parameters of one type that decay alike and learn as fast, and their flat buffers.
 
     `weights_F` is the parameters' own memory, or their float32 master copy where `has_master`.
     `gradient_views` is what the parameters' `.grad` must be; it is empty with a master copy, whose
@@ -96,6 +96,8 @@ class FlatGroup:
     second: Moment
     has_master: bool
     gradient_views: list[torch.Tensor]
+    rate_factor: float = 1.0
+    """On the learning rate."""
 
     @property
     def is_fused(self) -> bool:
@@ -162,10 +164,11 @@ class FlatAdamW:
         self._generator.manual_seed(_seed_of_update(self.settings.seed, self.num_updates))
         for group in self.groups:
             _check_gradients(group)
+            rate = learning_rate * group.rate_factor
             if group.is_fused:
-                self._step_fused(group, learning_rate)
+                self._step_fused(group, rate)
             else:
-                self._step_in_parts(group, learning_rate)
+                self._step_in_parts(group, rate)
             if group.has_master:
                 self._publish(group)
 
@@ -325,7 +328,11 @@ def bytes_per_parameter(states: StateKind, *, is_bf16: bool, keep_master: bool) 
     return (8 if keep_master else 2) + moments
 
 
-def build_flat_adamw(named: Sequence[NamedParameter], settings: AdamWSettings) -> FlatAdamW:
+def build_flat_adamw(
+    named: Sequence[NamedParameter],
+    settings: AdamWSettings,
+    rate_factors: Mapping[str, float] | None = None,
+) -> FlatAdamW:
     """Moves parameters and gradients into flat buffers; they stay the same objects.
 
     A model goes to its device before, not after. A parameter that gets no gradient in a step has
@@ -335,6 +342,7 @@ def build_flat_adamw(named: Sequence[NamedParameter], settings: AdamWSettings) -
     Args:
         named: what is trained, each parameter once, float32 or bfloat16, on one device.
         settings: of the update.
+        rate_factors: on the learning rate, of parameters for which it is not 1.
 
     Raises:
         ValueError: there are no parameters, or some of another type.
@@ -343,13 +351,19 @@ def build_flat_adamw(named: Sequence[NamedParameter], settings: AdamWSettings) -
     if wrong or not named:
         raise ValueError(f"parameters to train in float32 or bfloat16; not so: {wrong[:5]}")
 
-    def kind(item: NamedParameter) -> tuple[bool, str]:
-        return item[1].dim() > 1, str(item[1].dtype)
+    factors = rate_factors or {}
+
+    def kind(item: NamedParameter) -> tuple[bool, str, float]:
+        name, parameter = item
+        return parameter.dim() > 1, str(parameter.dtype), factors.get(name, 1.0)
 
     ordered = sorted(named, key=kind, reverse=True)  # stable: the model's order within a group
     groups = [
-        _build_group(list(members), settings, settings.weight_decay if is_matrix else 0.0)
-        for (is_matrix, _), members in groupby(ordered, key=kind)
+        replace(
+            _build_group(list(members), settings, settings.weight_decay if is_matrix else 0.0),
+            rate_factor=factor,
+        )
+        for (is_matrix, _, factor), members in groupby(ordered, key=kind)
     ]
     return FlatAdamW(groups, settings)
 
