@@ -27,10 +27,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from faults.bench import FAIL, SCORES, Bench, Verdict
-from faults.matrix import ROWS, Row
-from faults.tiny_model import write_tiny_model
-from faults.tools import Peer, Tool, Tunesmith
+from fault_rows.bench import FAIL, SCORES, Bench, Verdict
+from fault_rows.matrix import ROWS, Row
+from fault_rows.tiny_model import write_tiny_model
+from fault_rows.tools import Peer, Tool, Tunesmith
 from peers import train_environments
 
 NAMES = {"hf": "HF Trainer", "trl": "TRL", "llamafactory": "LLaMA-Factory"}

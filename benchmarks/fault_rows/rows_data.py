@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from faults.bench import FAIL, HALF, PASS, Bench, Verdict, reason, shorten, together
-from faults.spec import Outcome, make_rows
+from fault_rows.bench import FAIL, HALF, PASS, Bench, Verdict, reason, shorten, together
+from fault_rows.spec import Outcome, make_rows
 
 LINE = 23
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from faults.spec import Spec  # noqa: E402  (the folder above had to be found first)
+from fault_rows.spec import Spec  # noqa: E402  (the folder above had to be found first)
 
 WRITERS: dict[int, subprocess.Popen[bytes]] = {}
 """What writes the log of each run."""

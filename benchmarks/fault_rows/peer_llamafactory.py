@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from faults.peer_faults import Planted
-from faults.spec import KEEP, RANK, SAVE_EVERY, Spec
+from fault_rows.peer_faults import Planted
+from fault_rows.spec import KEEP, RANK, SAVE_EVERY, Spec
 from llamafactory.train.tuner import run_exp
 
 OUTPUT = Path("run")

@@ -20,7 +20,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from faults.spec import Spec
+from fault_rows.spec import Spec
 from transformers import TrainerCallback
 
 NO_MEMORY = (

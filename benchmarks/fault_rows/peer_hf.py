@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from faults.peer_faults import Planted
-from faults.spec import KEEP, RANK, SAVE_EVERY, Spec
+from fault_rows.peer_faults import Planted
+from fault_rows.spec import KEEP, RANK, SAVE_EVERY, Spec
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,

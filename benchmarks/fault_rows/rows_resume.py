@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from faults.bench import FAIL, HALF, LATER, NONE, PASS, Bench, Verdict, reason, together
-from faults.spec import Fault
+from fault_rows.bench import FAIL, HALF, LATER, NONE, PASS, Bench, Verdict, reason, together
+from fault_rows.spec import Fault
 
 LOSS_TOLERANCE = 1e-6
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datasets import load_dataset
-from faults.peer_faults import Planted
-from faults.peer_hf import OUTPUT, RandomMask, arguments, lora
-from faults.spec import Spec
+from fault_rows.peer_faults import Planted
+from fault_rows.peer_hf import OUTPUT, RandomMask, arguments, lora
+from fault_rows.spec import Spec
 from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 

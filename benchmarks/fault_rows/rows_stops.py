@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from faults.bench import (
+from fault_rows.bench import (
     FAIL,
     GO,
     HALF,
@@ -18,7 +18,7 @@ from faults.bench import (
     together,
     wait_for_step,
 )
-from faults.spec import Fault
+from fault_rows.spec import Fault
 
 AT = 13
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from faults.server import Running
-from faults.spec import Fault, Outcome, Spec, make_rows
-from faults.tools import Tool, Tunesmith, largest_difference
+from fault_rows.server import Running
+from fault_rows.spec import Fault, Outcome, Spec, make_rows
+from fault_rows.tools import Tool, Tunesmith, largest_difference
 
 PASS, HALF, FAIL, NONE, LATER = "pass", "half", "fail", "n/a", "not yet"
 

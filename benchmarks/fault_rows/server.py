@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults.spec import Outcome, Spec
+from fault_rows.spec import Outcome, Spec
 
 TIMEOUT_SECONDS = 90.0
 

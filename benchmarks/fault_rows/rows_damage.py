@@ -7,8 +7,8 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from faults.bench import FAIL, HALF, LATER, PASS, Bench, Verdict, reason, shorten, together
-from faults.spec import Fault
+from fault_rows.bench import FAIL, HALF, LATER, PASS, Bench, Verdict, reason, shorten, together
+from fault_rows.spec import Fault
 
 SAVED_AT = 12
 """The save that is disturbed: the third one."""

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from faults.spec import GLOBAL_BATCH, KEEP, RANK, SAVE_EVERY, Spec
+from fault_rows.spec import GLOBAL_BATCH, KEEP, RANK, SAVE_EVERY, Spec
 
 # All that the command imports when it trains: the runs are forked from here.
 from tunesmith.cli.main import main

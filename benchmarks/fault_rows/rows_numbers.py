@@ -7,10 +7,10 @@ import re
 from typing import Any
 
 import numpy as np
-from faults.bench import FAIL, HALF, LATER, PASS, Bench, Verdict, reason, shorten
-from faults.rows_resume import LOSS_TOLERANCE
-from faults.spec import GLOBAL_BATCH, STEPS, Fault, Outcome, Spec, make_rows
-from faults.tools import read_weights
+from fault_rows.bench import FAIL, HALF, LATER, PASS, Bench, Verdict, reason, shorten
+from fault_rows.rows_resume import LOSS_TOLERANCE
+from fault_rows.spec import GLOBAL_BATCH, STEPS, Fault, Outcome, Spec, make_rows
+from fault_rows.tools import read_weights
 
 AT = 13
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faults.server import Server
+from fault_rows.server import Server
 from safetensors import safe_open
 
 

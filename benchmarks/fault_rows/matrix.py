@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from faults.bench import Bench, Verdict
+from fault_rows.bench import Bench, Verdict
 
 from faults import rows_damage, rows_data, rows_numbers, rows_resume, rows_stops
 
