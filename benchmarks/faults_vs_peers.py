@@ -39,7 +39,7 @@ NAMES = {"hf": "HF Trainer", "trl": "TRL", "llamafactory": "LLaMA-Factory"}
 def main() -> int:
     """Runs the rows, prints and writes the table; exit status 1 if tunesmith fails one."""
     options = parse_options()
-    with tempfile.TemporaryDirectory(prefix="faults.") as name:
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:
         root = Path(name)
         write_tiny_model(root / "model")
         write_tiny_model(root / "able", spread=0.2)

@@ -335,3 +335,12 @@ def test_step_clock_counts_its_steps_alone() -> None:
     assert len(measured.seconds) == len(measured.cpu_seconds) == 2
     assert measured.losses == [3.0, 2.0]
     assert measured.peak_bytes >= measured.level_bytes // 2 > 0
+
+
+def test_the_rows_of_faults_vs_peers_are_those_of_the_matrix() -> None:
+    from fault_rows.matrix import ROWS
+
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    beside = page.partition("## Beside its peers")[2]
+    listed = [line.split("|")[1].strip() for line in beside.splitlines() if line.startswith("| ")]
+    assert [str(row.number) for row in ROWS] == [cell for cell in listed if cell.isdecimal()]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fault_rows import rows_damage, rows_data, rows_numbers, rows_resume, rows_stops
 from fault_rows.bench import Bench, Verdict
-
-from faults import rows_damage, rows_data, rows_numbers, rows_resume, rows_stops
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ WRITERS: dict[int, subprocess.Popen[bytes]] = {}
 
 def main() -> None:
     """Serves until the input ends."""
-    train = import_module(f"faults.peer_{sys.argv[1]}").train
+    train = import_module(f"fault_rows.peer_{sys.argv[1]}").train
     print("ready", flush=True)
     for line in sys.stdin:
         command, argument = line.split(maxsplit=1)
