@@ -97,6 +97,7 @@ def test_row_40_one_validation_sample_is_too_large(
 
 
 @slow
+@pytest.mark.whole  # how much a library maps is not ours to say: not for every machine of a CI
 def test_row_40_a_real_limit_of_the_system(
     make_place: Callable[..., Place], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
+from tunesmith.engine.inline import InlineExecutor, submit_or_do
 from tunesmith.engine.state import TrainState
 from tunesmith.errors import CheckpointError, DiskError
 from tunesmith.io.atomic import atomic_directory, format_bytes, require_space, sweep_temporaries
@@ -104,7 +105,7 @@ class Checkpoints:
     weights: Weights
     optimizer: Optimizer
     in_background: bool = False
-    _pool: ThreadPoolExecutor = field(
+    _pool: Executor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), repr=False
     )
     _under_way: tuple[Save, Future[Path]] | None = field(default=None, repr=False)
@@ -128,11 +129,13 @@ class Checkpoints:
         parts = self._copies() if self.in_background else None
         if parts is not None:
             save = Save(target, state.copy(), is_scheduled, *parts)
-            self._under_way = (save, self._start(save))
+            self._pool, future = submit_or_do(self._pool, save.write)
+            self._under_way = (save, future)
             return
         live = (self.weights.writer(copies=False), self.optimizer.tensors())
         save = Save(target, state.copy(), is_scheduled, *live)
-        self._under_way = (save, _done_now(save))  # training waits: the tensors are the live ones
+        # Training waits: the tensors are the live ones.
+        self._under_way = (save, InlineExecutor().submit(save.write))
 
     def _copies(self) -> tuple[Callable[[Path], None], dict[str, torch.Tensor]] | None:
         """Weights and optimizer as they are at this moment; None if memory does not suffice."""
@@ -144,13 +147,6 @@ class Checkpoints:
             if not is_out_of_memory(error):
                 raise
             return None
-
-    def _start(self, save: Save) -> Future[Path]:
-        try:
-            return self._pool.submit(save.write)
-        except RuntimeError:  # no memory for a thread; what was queued must not run later
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            return _done_now(save)
 
     def collect(self, warn: Warn, *, wait: bool) -> Path | None:
         """The checkpoint that was begun, once it is written; None if none is, or it goes on.
@@ -318,15 +314,6 @@ def _state_if_readable(path: Path) -> TrainState | None:
     with suppress(OSError):  # a half-removed, a damaged one, one of another version
         return read_state(path)
     return None
-
-
-def _done_now(save: Save) -> Future[Path]:
-    done: Future[Path] = Future()
-    try:
-        done.set_result(save.write())
-    except DiskError as error:
-        done.set_exception(error)
-    return done
 
 
 def _is_scheduled(path: Path) -> bool:

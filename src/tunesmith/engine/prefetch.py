@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 
+from tunesmith.engine.inline import submit_or_do
 from tunesmith.types import GlobalBatch, PackedBatch
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class Prefetch(Generic[T]):
         self._items = iter(items)
         self._place = place
         self._depth = depth
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._pool: Executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._ready: deque[Future[Placed[T] | None]] = deque()
 
     def __enter__(self) -> Prefetch[T]:
@@ -80,7 +81,8 @@ class Prefetch(Generic[T]):
         return placed.item
 
     def _order(self) -> None:
-        self._ready.append(self._pool.submit(self._make))
+        self._pool, ready = submit_or_do(self._pool, self._make)
+        self._ready.append(ready)
 
     def _make(self) -> Placed[T] | None:
         for item in self._items:
