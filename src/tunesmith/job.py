@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from tunesmith.data.columns import read_samples
 from tunesmith.data.loader import Loader
 from tunesmith.data.plan import Split, make_split
 from tunesmith.data.sources import Source, Sources, find_sources
-from tunesmith.data.store import StoreInputs, TokenStore
+from tunesmith.data.store import StoreInputs, TokenStore, content_hash
 from tunesmith.data.templates import Renderer, build_renderer
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.io.cache import cache_folder
@@ -140,6 +141,9 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     if validation_store:
         of_validation = validation_store.fingerprints.items()
         fingerprints |= {f"validation: {name}": value for name, value in of_validation}
+    if source.adapter is not None:
+        files = sorted(Path(source.adapter).glob("adapter_*"))
+        fingerprints |= {f"model.adapter: {file.name}": content_hash(file) for file in files}
     # A registry may change what sources give without a change in the recipe.
     shares = (f"{share.draws} of {share.size}" for share in split.shares)
     fingerprints["samples of each source"] = " + ".join(shares)

@@ -54,6 +54,8 @@ class PreferenceConfig(Strict):
         smoothed = ("dpo", "robust", "simpo", "cpo", "exo")
         if self.label_smoothing and self.name not in smoothed:
             raise ValueError(f"`label_smoothing` with one of {', '.join(smoothed)}")
+        if not self.reference and self.name in ("simpo", "orpo", "cpo"):
+            raise ValueError(f"`reference` left out: {self.name} looks at none")
         if self.name == "exo" and not self.label_smoothing:
             raise ValueError("`label_smoothing` above 0 with exo, which takes its logarithm")
         if self.margin not in ("auto", 0.0) and self.name != "simpo":

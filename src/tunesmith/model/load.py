@@ -28,6 +28,7 @@ from tunesmith.model.fetch import fetch_model, list_files
 from tunesmith.model.gguf import convert_gguf
 from tunesmith.model.quantize import check_quantized, keep_layout, quantization_arguments
 from tunesmith.ops.attention import attend
+from tunesmith.ops.memory_errors import is_out_of_memory
 from tunesmith.types import Reporter, Tokenizer
 
 PACKED_ATTENTION = "tunesmith"
@@ -57,18 +58,13 @@ class ModelSource:
 def loading_errors() -> tuple[type[Exception], ...]:
     """What transformers and PEFT raise for settings and files that do not fit together.
 
-    Errors of memory are RuntimeErrors, too: see `is_of_memory`.
+    Errors of memory are RuntimeErrors, too: see `is_out_of_memory`.
     """
     from huggingface_hub.errors import StrictDataclassError
 
     of_values = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError)
     others = (OSError, RuntimeError, AssertionError, re.error, SafetensorError)
     return (*of_values, *others, StrictDataclassError)
-
-
-def is_of_memory(error: Exception) -> bool:
-    """Whether it is not the files' fault: there is not enough memory."""
-    return isinstance(error, RuntimeError) and "memory" in str(error)
 
 
 def find_model(model: ModelConfig, reporter: Reporter, folder: Path | None = None) -> ModelSource:
@@ -304,7 +300,7 @@ def load_model(
                 **how,
             )
         except loading_errors() as error:
-            if is_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             reason = (source, error, "model.unreadable", "a causal language model")
             raise _load_error(*reason) from error

@@ -8,7 +8,8 @@ from typing import Any
 from tunesmith.config.recipe import ModelConfig
 from tunesmith.errors import ModelError
 from tunesmith.io.safeload import ADAPTER_CONFIG, adapter_settings, adapter_view, adapter_weights
-from tunesmith.model.load import ModelSource, fetched, is_of_memory, loading_errors
+from tunesmith.model.load import ModelSource, fetched, loading_errors
+from tunesmith.ops.memory_errors import is_out_of_memory
 
 
 def find_adapter(source: ModelSource) -> Path | None:
@@ -48,7 +49,7 @@ def load_adapter(base: Any, folder: Path, label: str) -> Any:
         try:
             return PeftModel.from_pretrained(base, view)
         except loading_errors() as error:
-            if is_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             raise ModelError(
                 "model.bad-adapter",
