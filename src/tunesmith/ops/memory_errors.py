@@ -6,11 +6,12 @@ import re
 
 import torch
 
-_CPU_SAYS = re.compile(r"can't allocate memory|cannot allocate memory|DefaultCPUAllocator", re.I)
+# The CPU allocator and libraries beside torch raise plain RuntimeErrors.
+_SAID = re.compile(r"can(?:'t|not) allocate memory|out of memory|DefaultCPUAllocator", re.I)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is used up: Python's, CUDA's, or the CPU allocator's."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and _CPU_SAYS.search(str(error)) is not None
+    return isinstance(error, RuntimeError) and _SAID.search(str(error)) is not None
