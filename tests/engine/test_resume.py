@@ -17,6 +17,7 @@ import pytest
 from conftest import write_tiny_recipe
 from engine.runs import final_bytes, run_and_stop, run_to_end
 from tunesmith import fine_tune, load_recipe
+from tunesmith.engine.rundir import RunDirectory, open_run
 from tunesmith.errors import CheckpointError, LockError, RunError
 from tunesmith.types import Event
 
@@ -345,3 +346,17 @@ def test_a_start_that_died_while_loading_begins_again(
         patch.setattr("tunesmith.train.build_model", die)
         run_to_end(recipe, output)
     assert run_to_end(recipe, output)["steps"] == 2
+
+
+@pytest.mark.parametrize("name", ["summary.json", "recipe.yaml"])
+def test_a_damaged_file_of_the_run_is_named(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / name).write_text("{: broken")
+    if name == "summary.json":
+        recipe = load_recipe(tiny_recipe(), [f"output={output}"]).recipe
+        RunDirectory(output).save_recipes(recipe, recipe, {})
+    with pytest.raises(RunError, match=rf"{name}: run\.damaged"):
+        open_run(load_recipe(tiny_recipe(), [f"output={output}"]).recipe).summary  # noqa: B018

@@ -74,7 +74,12 @@ class RunDirectory:
     def summary(self) -> dict[str, Any] | None:
         """What the finished run measured; None while it is not finished."""
         file = self.path / "summary.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        if not file.exists():
+            return None
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise _damaged(file, error) from error
 
     def resolved(self, asked: Recipe) -> Recipe | None:
         """The recipe with all its values, as an earlier start resolved it.
@@ -156,6 +161,16 @@ def open_run(recipe: Recipe, *, restart: bool = False, allow_changes: bool = Fal
     return RunDirectory(path, tuple(refused))
 
 
+def _damaged(file: Path, error: Exception) -> RunError:
+    return RunError(
+        "run.damaged",
+        str(file),
+        found=f"what tunesmith did not write ({str(error).splitlines()[0]})",
+        expected="the file as it was",
+        try_="remove a damaged summary.json: the same command writes it anew; else --restart",
+    )
+
+
 def _without_secrets(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(redact_tree(recipe.model_dump(mode="json")))
 
@@ -164,5 +179,8 @@ def _read_recipe(file: Path, asked: Recipe) -> Recipe | None:
     """A recipe written down earlier, with the secrets that `asked` has at the same places."""
     if not file.exists():
         return None
-    tree = cast("dict[str, Json]", yaml.safe_load(file.read_text(encoding="utf-8")))
+    try:
+        tree = cast("dict[str, Json]", yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (ValueError, yaml.YAMLError) as error:
+        raise _damaged(file, error) from error
     return recipe_from(restore_tree(tree, asked.model_dump(mode="json")), where=str(file))
