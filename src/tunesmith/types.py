@@ -1,6 +1,7 @@
 """Canonical samples, rendered spans, packed batches and the protocols between the layers.
 
-Shape letters: T tokens of a packed batch, N supervised rows of it.
+Shape letters: T tokens of a packed batch, N supervised rows of it, S sequences of it, G samples,
+K sequences of each.
 """
 
 from __future__ import annotations
@@ -120,7 +121,20 @@ class Rated:
         return self.conversation.origin
 
 
-Sample: TypeAlias = Conversation | Completion | Text | Preference | Rated
+@dataclass(frozen=True, slots=True)
+class Labeled:
+    """A text or a conversation and the class it belongs to."""
+
+    content: Conversation | Text
+    label: str
+
+    @property
+    def origin(self) -> Origin:
+        """Where it came from."""
+        return self.content.origin
+
+
+Sample: TypeAlias = Conversation | Completion | Text | Preference | Rated | Labeled
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +234,14 @@ class PackedBatch:
         sequence_N: for each supervised row the number of its sequence in this batch.
         group_GK: the K sequences of each of G samples, by these numbers, in the sample's own order
             (chosen, rejected); only where an objective compares them.
+        last_S: the row of each sequence's last token; a row of its own, even where sequences are
+            equal.
         label_G: 1 where a sample is rated good, 0 where bad; of rated samples only.
         num_tokens: tokens of all sequences, each counted whole: the work that was asked for.
             Shared prefixes make the rows that are computed fewer, the tail makes them more.
         loss_weight: what the loss of this batch is divided by, were it alone: the supervised
             weight, or the samples where the objective counts these.
+        columns_N: further numbers of each supervised row, by names that an objective knows.
     """
 
     ids_T: torch.Tensor
@@ -235,10 +252,12 @@ class PackedBatch:
     weight_N: torch.Tensor
     sample_N: torch.Tensor
     sequence_N: torch.Tensor
+    last_S: torch.Tensor
     group_GK: torch.Tensor
     label_G: torch.Tensor
     num_tokens: int
     loss_weight: float
+    columns_N: Mapping[str, torch.Tensor] = field(default_factory=dict[str, Any])
 
     @property
     def num_stored_tokens(self) -> int:
@@ -256,8 +275,13 @@ class PackedBatch:
             weight_N=self.weight_N.to(device, non_blocking=True),
             sample_N=self.sample_N.to(device, non_blocking=True),
             sequence_N=self.sequence_N.to(device, non_blocking=True),
+            last_S=self.last_S.to(device, non_blocking=True),
             group_GK=self.group_GK.to(device, non_blocking=True),
             label_G=self.label_G.to(device, non_blocking=True),
+            columns_N={
+                name: column.to(device, non_blocking=True)
+                for name, column in self.columns_N.items()
+            },
         )
 
 

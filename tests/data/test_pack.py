@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.pack import build_batch, pack
+from tunesmith.data.pack import build_batch, pack, pack_groups
 from tunesmith.data.tokenize import Run, TokenSequence
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -223,3 +223,16 @@ def test_a_batch_on_another_device() -> None:
     names = ["ids_T", "position_T", "row_N", "target_N", "weight_N", "sample_N"]
     assert {getattr(moved, name).device.type for name in names} == {"meta"}
     assert moved.segments is batch.segments
+
+
+def test_last_rows_are_those_of_the_last_tokens() -> None:
+    tails = ([7, 8], [7, 9, 10], [7, 8])
+    ids = [np.array([1, 2, 3, 4, *tail], dtype=np.int32) for tail in tails]
+    sequences = [(n, TokenSequence(each, ((len(each) - 1, 1, 1.0),))) for n, each in enumerate(ids)]
+    for shares in (False, True):
+        for forest in pack_groups([ids], 1000, share_prefixes=shares):
+            batch = build_batch(sequences, forest, group_size=3)
+            last_GK = batch.last_S[batch.group_GK]
+            assert batch.ids_T[last_GK].tolist() == [[8, 10, 8]]
+            assert len(set(last_GK.flatten().tolist())) == 3
+            assert batch.position_T[last_GK].tolist() == [[5, 6, 5]]

@@ -81,9 +81,14 @@ def test_leaving_early_leaves_no_thread() -> None:
 def tiny_batch(step: int) -> GlobalBatch:
     row = torch.tensor([step])
     names = ("ids_T", "position_T", "row_N", "target_N", "sample_N", "sequence_N", "group_GK")
-    fields = dict.fromkeys((*names, "label_G"), row)
+    fields = dict.fromkeys((*names, "last_S", "label_G"), row)
     packed = PackedBatch(
-        segments=Segments((1,)), weight_N=row.float(), num_tokens=1, loss_weight=1.0, **fields
+        segments=Segments((1,)),
+        weight_N=row.float(),
+        num_tokens=1,
+        loss_weight=1.0,
+        columns_N={"advantage": row.float()},
+        **fields,
     )
     return GlobalBatch(
         epoch=0,
@@ -107,7 +112,7 @@ def test_every_tensor_of_a_batch_is_moved_and_nothing_else() -> None:
     assert moved[1] == 2.5
     micro = moved[0].micro_batches[0]
     assert micro.ids_T.tolist() == micro.sample_N.tolist() == [4]
-    assert micro.weight_N.tolist() == [4.0]
+    assert micro.weight_N.tolist() == micro.columns_N["advantage"].tolist() == [4.0]
     assert micro.segments is batch.micro_batches[0].segments
     assert moved[0].sample_ids == (3,)
 

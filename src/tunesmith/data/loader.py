@@ -39,6 +39,8 @@ class Loader:
             answer of the next sample of the global batch (KTO, arXiv 2402.01306 §4.1). Which one
             that is depends on the step, never on the budget; answers are cut at `max_length`.
         excluded: samples that steps leave out, where they come up.
+        repeats: so many steps in a row have the same batch: their objective samples answers to
+            it once and learns from them in several updates.
         share_prefixes: compute what sequences have in common at their beginnings once. The same
             loss and gradients, unless the model draws random numbers per token (dropout).
     """
@@ -57,6 +59,7 @@ class Loader:
     group_size: int = 0
     has_mismatched: bool = False
     excluded: frozenset[int] = frozenset()
+    repeats: int = 1
 
     @property
     def samples_per_epoch(self) -> int:
@@ -66,7 +69,7 @@ class Loader:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass; the last one of an epoch may be smaller."""
-        return -(-self.samples_per_epoch // self.global_batch)
+        return -(-self.samples_per_epoch // self.global_batch) * self.repeats
 
     @property
     def _all_shares(self) -> tuple[Share, ...]:
@@ -76,7 +79,7 @@ class Loader:
         """The global batch of a step, counted from 0."""
         fault("data.next", step=step)
         epoch, within = divmod(step, self.steps_per_epoch)
-        start = within * self.global_batch
+        start = within // self.repeats * self.global_batch
         epoch_order = _epoch_order(self.seed, epoch, self._all_shares, self.mix)
         chosen = epoch_order[start : start + self.global_batch]
         ids = [int(sample) for sample in self.samples[chosen] if int(sample) not in self.excluded]

@@ -229,6 +229,7 @@ def build_batch(
         weight_N=weight_N,
         sample_N=_joined(layout.samples, np.int64),
         sequence_N=torch.from_numpy(places[_joined(layout.sequence_numbers, np.int64).numpy()]),
+        last_S=torch.tensor(layout.last_rows, dtype=torch.int64),
         group_GK=torch.from_numpy(places[groups]),
         label_G=torch.tensor([labels[sample] for sample in samples] if labels else []),
         num_tokens=num_tokens,
@@ -263,6 +264,7 @@ class _Layout:
         self.weights: list[np.ndarray] = []
         self.samples: list[np.ndarray] = []
         self.sequence_numbers: list[np.ndarray] = []
+        self.last_rows: list[int] = []
 
     def add(self, branch: Branch, parent: int, before: list[np.ndarray]) -> None:
         """Appends a branch and its children; `before` holds the rows of its ancestors."""
@@ -293,6 +295,7 @@ class _Layout:
     def _supervise(self, sample: int, number: int, rows: np.ndarray) -> None:
         """Lists a sequence's supervised tokens; `rows` are the rows of all its tokens."""
         sequence = self.sequences[number][1]
+        self.last_rows.append(int(rows[-1]))
         for first, count, weight in sequence.runs:
             begin, end = max(first, 1), first + count
             self.rows.append(rows[begin - 1 : end - 1])

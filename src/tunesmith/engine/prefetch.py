@@ -125,9 +125,12 @@ def placer(device: torch.device) -> Callable[[Any], Placed[Any]]:
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same tuples and dataclasses with every tensor in them changed."""
+    """The same tuples, dictionaries and dataclasses with every tensor in them changed."""
     if isinstance(value, torch.Tensor):
         return change(value)
+    if isinstance(value, dict):
+        named = cast("dict[str, Any]", value)
+        return {name: map_tensors(item, change) for name, item in named.items()}
     if isinstance(value, tuple):
         return tuple(map_tensors(item, change) for item in cast("tuple[Any, ...]", value))
     if not isinstance(value, GlobalBatch | PackedBatch):

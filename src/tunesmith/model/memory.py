@@ -315,6 +315,7 @@ def probe_batch(num_tokens: int, device: torch.device) -> PackedBatch:
         weight_N=torch.ones(1),
         sample_N=torch.zeros(1, dtype=torch.int64),
         sequence_N=torch.zeros(1, dtype=torch.int64),
+        last_S=torch.tensor([num_tokens - 1]),
         group_GK=torch.empty(0, 1, dtype=torch.int64),
         label_G=torch.empty(0),
         num_tokens=num_tokens,
