@@ -10,7 +10,7 @@ import tunesmith
 from tunesmith.config.load import recipe_from
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = "recipe|data|model|run|checkpoint|numbers|memory|disk|lock|archive|path"
+FAMILIES = "recipe|data|model|run|checkpoint|numbers|memory|disk|lock|archive|path|reward"
 CODE = re.compile(rf'"((?:{FAMILIES})\.[a-z]+(?:-[a-z]+)*)"')
 
 

@@ -96,7 +96,7 @@ def test_recipes(example: Example, folder: Path) -> None:
 
 def test_recipes_that_are_not_read() -> None:
     found = [data_of(example).train[0].path for example in RECIPES if not example.kind]
-    assert found == ["chat.jsonl", "old.csv", "hf:org/name", "hf:org/name"]
+    assert found == ["chat.jsonl", "old.csv", "sums.jsonl", "hf:org/name", "hf:org/name"]
 
 
 def data_of(example: Example) -> DataConfig:
@@ -127,7 +127,7 @@ def test_scripts(example: Example, folder: Path) -> None:
 def test_every_data_block_says_what_it_is_read_as() -> None:
     mapped = [e.name for e in EXAMPLES if e.name and not e.kind]
     assert mapped == [
-        *("helpdesk.csv", "support.jsonl", "both.jsonl"),
+        *("tickets.jsonl", "sums.jsonl", "helpdesk.csv", "support.jsonl", "both.jsonl"),
         *("lf/dataset_info.json", "lf/grammar.json", "lf/talks.json", "general.jsonl"),
     ]
 

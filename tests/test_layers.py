@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "tunesmith"
 
 L0 = {"errors", "types"}
 L1 = {"config", "io", "ops"}
-L2_TO_L4 = {"data", "model", "objectives", "infer", "engine", "evaluate", "export"}
-EVERYTHING = L0 | L1 | L2_TO_L4 | {"job", "overview", "train"}
+L2_TO_L4 = {"data", "model", "objectives", "infer", "engine", "evaluate", "export", "rollout"}
+EVERYTHING = L0 | L1 | L2_TO_L4 | {"goal", "job", "overview", "reference_pass", "train"}
 
 # Part -> parts it may import; an entry with a dot allows that module alone.
 ALLOWED: dict[str, set[str]] = {
@@ -24,10 +24,13 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": L0 | {"ops"},
     "infer": L0 | {"ops", "model", "config"},
     "engine": L0 | L1 | {"objectives.base", "data.loader"},
+    "rollout": L0 | L1 | {"data", "objectives", "infer", "engine"},
     "evaluate": L0 | L1 | {"objectives.base", "data", "infer"},
     "export": L0 | L1 | {"objectives.base", "model"},
-    "job": EVERYTHING - {"overview", "train"},
-    "overview": EVERYTHING - {"train"},
+    "job": EVERYTHING - {"goal", "overview", "reference_pass", "train"},
+    "goal": EVERYTHING - {"overview", "reference_pass", "train"},
+    "overview": EVERYTHING - {"reference_pass", "train"},
+    "reference_pass": EVERYTHING - {"overview", "train"},
     "train": EVERYTHING,
     "serve": EVERYTHING,
     "cli": EVERYTHING | {"serve", "__init__"},

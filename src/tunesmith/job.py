@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,20 +13,19 @@ from tunesmith.config.auto import Facts, Resolved, number, resolve
 from tunesmith.config.budget import Needs, Plan
 from tunesmith.config.load import LoadedRecipe
 from tunesmith.config.method import draws_numbers
-from tunesmith.config.objective import ObjectiveConfig
 from tunesmith.config.recipe import FullConfig, Recipe, SourceConfig
 from tunesmith.data.build import open_store
 from tunesmith.data.check.checker import look_at_start
 from tunesmith.data.check.findings import ADVICE
 from tunesmith.data.columns import read_samples
+from tunesmith.data.labels import choose_labels
 from tunesmith.data.loader import Loader
 from tunesmith.data.plan import Split, make_split
-from tunesmith.data.sources import Source, Sources, find_sources
-from tunesmith.data.store import StoreInputs, TokenStore, content_hash
+from tunesmith.data.sources import Source, Sources, find_recipe_sources
+from tunesmith.data.store import StoreInputs, TokenStore
 from tunesmith.data.templates import Renderer, build_renderer
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.io.cache import cache_folder
-from tunesmith.model.build import BuiltModel
 from tunesmith.model.device import (
     Device,
     find_compiler,
@@ -36,6 +33,7 @@ from tunesmith.model.device import (
     prepare_machine,
     used_memory_bytes,
 )
+from tunesmith.model.heads import labels_of, make_head, planned_head
 from tunesmith.model.load import (
     ModelSource,
     check_weights_exist,
@@ -44,6 +42,7 @@ from tunesmith.model.load import (
     load_config,
     load_tokenizer,
 )
+from tunesmith.model.load_adapter import adapter_fingerprints
 from tunesmith.model.memory import (
     Sizes,
     StepBytes,
@@ -52,10 +51,12 @@ from tunesmith.model.memory import (
     refine_needs,
 )
 from tunesmith.model.quantize import check_method
-from tunesmith.model.reference import open_reference
 from tunesmith.model.start import with_adapter
-from tunesmith.objectives import OBJECTIVES, Objective
+from tunesmith.model.teacher import Teacher, check_vocabulary, find_teacher, needs_with
+from tunesmith.model.vocabulary import with_new_tokens
+from tunesmith.objectives import OBJECTIVES
 from tunesmith.ops.memory_errors import is_out_of_memory
+from tunesmith.rollout.judge import Judge, open_judge
 from tunesmith.types import Reporter, Tokenizer
 
 
@@ -77,11 +78,14 @@ class Job:
     loader: Loader
     fingerprints: dict[str, str]
     """Hashes of model and data, by names that a person knows."""
+    judge: Judge | None
+    """Of sampled answers, where the objective learns from such."""
     num_steps: int
     predicted_bytes: int
     """The peak of memory while training: of the largest of some steps looked at.
 
     `plan` holds what the largest step possible would take."""
+    teacher: Teacher | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -109,18 +113,22 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     base = find_model(loaded.recipe.model, reporter, loaded.folder)
     check_weights_exist(base)
     recipe, source = with_adapter(loaded.recipe, base, reporter, loaded.folder)
-    tokenizer = load_tokenizer(source)
+    tokenizer, goal = load_tokenizer(source), (resolved or recipe).objective
+    recipe = with_new_tokens(recipe, tokenizer, source.new_tokens)
+    teacher = find_teacher(recipe.objective, reporter, loaded.folder)
+    judge = open_judge(recipe.objective, tokenizer, loaded.locate, reporter)
     renderer, template = build_renderer(tokenizer, data, loaded.folder)
     config = load_config(source)
-    device, sizes = find_device(), measure_config(config, recipe.method)
+    device, sizes = find_device(), measure_config(config, recipe.method, planned_head(goal))
     prepare_machine(device)
-    sources = find_sources(data, loaded.locate, reporter)
+    sources = find_recipe_sources(recipe, loaded.locate, reporter)
     store = _open(sources.stored, renderer, recipe, reporter)
     findings = _look_at_rows(sources, renderer, reporter) if resolved is None else []
     held_out = sources.validation
     validation_store = _open(held_out, renderer, recipe, reporter) if held_out else None
     for each in filter(None, (store, validation_store)):
         _check_ids(each, sizes, source)
+        check_vocabulary(teacher, tokenizer, each.largest_id)
     asked = recipe.model.dtype
     is_bf16 = device.has_fast_bf16 if asked == "auto" else asked == "bfloat16"
     needs = estimate_needs(
@@ -130,8 +138,12 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
         device_kind=device.kind,
         used_bytes=0 if device.kind == "cuda" else used_memory_bytes(device),
     )
+    needs = needs_with(teacher, needs, is_bf16=is_bf16, device_kind=device.kind)
     facts = _facts((store, validation_store), sources, sizes, needs, device)
-    facts = replace(facts, seconds_per_token=_seconds_per_token(recipe, sizes, device))
+    labels = choose_labels(goal, labels_of(config), (store, validation_store))
+    source = replace(source, head=make_head(goal, labels, tokenizer, renderer.traits.end_marks))
+    seconds = _seconds_per_token(recipe, sizes, device)
+    facts = replace(facts, seconds_per_token=seconds, labels=labels)
     # An earlier start has no `auto` left: then this only plans its memory again, to predict it.
     values = resolve(recipe if resolved is None else resolved, facts)
     configs = [each.config for each in sources.stored]
@@ -141,9 +153,7 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     if validation_store:
         of_validation = validation_store.fingerprints.items()
         fingerprints |= {f"validation: {name}": value for name, value in of_validation}
-    if source.adapter is not None:
-        files = sorted(Path(source.adapter).glob("adapter_*"))
-        fingerprints |= {f"model.adapter: {file.name}": content_hash(file) for file in files}
+    fingerprints |= adapter_fingerprints(source.adapter) | (teacher.fingerprints if teacher else {})
     # A registry may change what sources give without a change in the recipe.
     shares = (f"{share.draws} of {share.size}" for share in split.shares)
     fingerprints["samples of each source"] = " + ".join(shares)
@@ -164,8 +174,10 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
         device=device,
         loader=loader,
         fingerprints=fingerprints,
+        judge=judge,
         num_steps=num_steps,
         predicted_bytes=_predict(loader, num_steps, needs, values.plan),
+        teacher=teacher,
     )
 
 
@@ -183,7 +195,9 @@ def _predict(loader: Loader, num_steps: int, needs: Needs, plan: Plan) -> int:
 
 def _check_objective(recipe: Recipe) -> None:
     """Refuses settings of the data that objectives on whole answers cannot use."""
-    if OBJECTIVES[recipe.objective.name].group_size and recipe.data.prompt_loss_weight:
+    family = OBJECTIVES[recipe.objective.name]
+    has_answers = not family.group_size and "Labeled" not in family.kinds
+    if recipe.data.prompt_loss_weight and not has_answers:
         raise RecipeError(
             "recipe.prompt-weight",
             "data.prompt_loss_weight",
@@ -347,22 +361,13 @@ def _split(
         overlong="drop" if size else recipe.data.overlong,
         group_size=size,
         has_mismatched=family.needs_mismatched,
+        labels=tuple(getattr(recipe.objective, "labels", ())),
+        repeats=getattr(recipe.objective, "steps_per_sampling", 1),
         pad_to=PAD_ROWS if device.kind == "cpu" else 1,
         # Dropout and noise draw numbers per row: a shared prefix would draw once for all.
         share_prefixes=not draws_numbers(recipe.method) and train.neftune_alpha is None,
     )
     return loader, split
-
-
-def make_objective(config: ObjectiveConfig, built: BuiltModel) -> tuple[Objective, list[str]]:
-    """The objective of a run, and a line on what it compares with."""
-    family = OBJECTIVES[config.name]
-    options: dict[str, Any] = config.model_dump(exclude={"name", "reference"})
-    options["trunk"] = built.trunk
-    if not family.needs_reference or not getattr(config, "reference", True):
-        return family.make(**options), []
-    reference, about = open_reference(built.model, built.parameters)
-    return family.make(**options, reference=reference), [about]
 
 
 def validation_loader(job: Job, loader: Loader) -> Loader | None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tunesmith.config.load import LoadedRecipe
-from tunesmith.engine.checkpoint import Checkpoints
+from tunesmith.engine.checkpoint import open_checkpoints
 from tunesmith.engine.events import read_events
 from tunesmith.engine.loop import fit, restore
 from tunesmith.engine.optimizer import build_optimizer
@@ -21,16 +21,20 @@ from tunesmith.engine.signals import StopSignal
 from tunesmith.engine.state import TrainState
 from tunesmith.engine.step import Run
 from tunesmith.evaluate.plots import plot_loss
-from tunesmith.export.result import result_card, write_result
+from tunesmith.export.result import write_result
+from tunesmith.goal import make_objective
 from tunesmith.io.atomic import sweep_temporaries
 from tunesmith.io.fault import fault
 from tunesmith.io.lock import directory_lock
-from tunesmith.job import Job, fit_memory, make_objective, prepare, validation_loader
+from tunesmith.job import Job, fit_memory, prepare, validation_loader
 from tunesmith.model.adapters import TrainedWeights
 from tunesmith.model.build import build_model
 from tunesmith.model.device import HeapTrimmer, PeakMemory, prepare_machine
+from tunesmith.objectives.base import own_parameters
 from tunesmith.objectives.lm import SftObjective
 from tunesmith.overview import overview
+from tunesmith.reference_pass import with_reference
+from tunesmith.rollout.build import with_rollouts
 from tunesmith.types import Json, Listener, Reporter, SilentReporter
 
 
@@ -93,26 +97,24 @@ def build(job: Job, session: Session, reporter: Reporter) -> tuple[Run, Job, tup
             device,
             num_tokens=job.num_tokens,
             seed=lambda: seed_run(recipe.train.seed),
+            batch_of=None if session.run_dir.has_checkpoint else job.loader.batch,
         )
-    objective, about = make_objective(recipe.objective, built)
+    objective, about = make_objective(job, built)
     job = fit_memory(job, lambda tokens: built.measure_memory(SftObjective().step, tokens))
     built.set_levels(job.plan.levels)
     # The cuts of shared prefixes move from epoch to epoch: a cached trunk would never find them.
     shares = job.loader.share_prefixes and not built.wants_trunk
     loader = replace(job.loader, share_prefixes=shares)
-    optimizer = build_optimizer(built.parameters, recipe.train, recipe.method)
-    checkpoints = Checkpoints(
-        session.run_dir.checkpoints,
-        recipe.checkpoint.keep,
-        TrainedWeights(built.model),
-        optimizer,
-        in_background=recipe.checkpoint.background is True,
+    parameters = [*built.parameters, *own_parameters(objective)]
+    optimizer = build_optimizer(parameters, recipe.train, recipe.method)
+    weights = TrainedWeights(built.model)
+    checkpoints = open_checkpoints(
+        session.run_dir.checkpoints, recipe.checkpoint, weights, optimizer
     )
-    checkpoints.require_space()
     run = Run(
         recipe=job.resolved.recipe,
         model=built.model,
-        parameters=built.parameters,
+        parameters=parameters,
         objective=objective,
         optimizer=optimizer,
         loader=loader,
@@ -127,7 +129,8 @@ def build(job: Job, session: Session, reporter: Reporter) -> tuple[Run, Job, tup
         peak_bytes=lambda tokens: job.facts.needs.peak_bytes(tokens, job.plan.levels),
         after_step=HeapTrimmer(job.device, job.predicted_bytes).after_step,
     )
-    return run, job, (*built.notes, *about)
+    run, known = with_reference(with_rollouts(run, job.judge), job, reporter)
+    return run, job, (*built.notes, *about, *known)
 
 
 def finish(
@@ -139,9 +142,8 @@ def finish(
             state.best_step, lambda text: run.events.emit("warning", state.step, {"message": text})
         )
     summary = summarize(run, state, memory)
-    label, is_adapter = Path(run.recipe.output).name, hasattr(run.model, "peft_config")
-    card = result_card(label=label, base=job.source.label, is_adapter=is_adapter, facts={**summary})
-    write_result(run.model, job.tokenizer, run_dir.model, card)
+    label, base = Path(run.recipe.output).name, job.source.label
+    write_result(run.model, job.tokenizer, run_dir.model, label=label, base=base, facts=summary)
     plot_loss(list(read_events(run_dir.events)), run_dir.path / "loss.png", label)
     run_dir.save_summary(summary)
     return summary

@@ -61,6 +61,7 @@ def test_settings_of_virtual_tokens() -> None:
 @pytest.mark.parametrize(
     ("method", "text"),
     [
+        ({"name": "loftq", "dora": True}, "without `dora`"),
         ({"name": "adapter", "kind": "ADALORA"}, "after every step"),
         ({"name": "adapter", "kind": "lokrr"}, "did you mean LOKR?"),
         ({"name": "dora", "init": "pissa"}, "without `dora`"),
@@ -75,12 +76,41 @@ def test_what_does_not_go_together(method: object, text: str) -> None:
     assert text in caught.value.expected
 
 
+@pytest.mark.parametrize(
+    ("key", "name", "text"),
+    [
+        ("method", "dorra", "did you mean `dora`?"),
+        ("method", "loraa", "did you mean `lora`?"),
+        ("method", "p-tunning", "did you mean `p_tuning`?"),
+        ("method", "adalora", "PEFT must be called after every step"),
+        ("objective", "orppo", "did you mean `orpo`?"),
+    ],
+)
+def test_a_misspelt_name_is_told_the_nearest(key: str, name: str, text: str) -> None:
+    tree: dict[str, Any] = {"model": "m", "data": "d", key: name}
+    with pytest.raises(RecipeError) as caught:
+        recipe_from(tree)
+    assert caught.value.code == "recipe.bad-value"
+    assert text in str(caught.value.try_)
+    with pytest.raises(RecipeError) as caught:
+        recipe_from({**tree, key: "zzzzzz"})
+    assert caught.value.try_ is None
+
+
 def test_freezing_by_place() -> None:
     assert read("freeze") == FreezeConfig(name="freeze", layers=2, norm=True)
     first = read({"name": "freeze", "first": 3})
     assert (first.layers, first.norm) == (0, False)
     both = read({"name": "freeze", "first": 3, "layers": 1})
     assert (both.layers, both.norm) == (1, True)
+
+
+def test_rates_grow_where_less_is_trained() -> None:
+    def rate(name: str) -> float:
+        return base_learning_rate(read(name))
+
+    assert rate("lora") < rate("delora") < rate("loha") < rate("unilora")
+    assert rate("p_tuning") < rate("prefix_tuning")
 
 
 def test_alpha_follows_the_method() -> None:

@@ -518,6 +518,7 @@ def test_meta_names_the_files(store_of: Callable[..., TokenStore], tmp_path: Pat
     assert fingerprints == store.fingerprints
     assert meta == {
         "files": [[str(tmp_path / "data.jsonl"), None]],
+        "labels": [],
         "notes": {},
         "num_bad": 0,
         "num_rows": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tunesmith.engine.step import update
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.io.fault import arm
 from tunesmith.ops.memory_errors import is_out_of_memory
+from tunesmith.types import GlobalBatch
 
 slow = pytest.mark.slow
 
@@ -180,10 +182,12 @@ def test_budgets_get_smaller_until_sequences_are_alone(tiny_recipe: Callable[...
         (whole,) = loader.batch(0).micro_batches
         tokens = whole.num_stored_tokens
         budgets = []
-        while (budget := smaller_budget(loader, 0, tokens)) is not None:
-            budgets.append(budget)
-            from dataclasses import replace
 
+        def packed(budget: int) -> GlobalBatch:
+            return replace(loader, micro_batch_tokens=budget).batch(0)
+
+        while (budget := smaller_budget(packed, tokens)) is not None:
+            budgets.append(budget)
             loader = replace(loader, micro_batch_tokens=budget)
             tokens = max(b.num_stored_tokens for b in loader.batch(0).micro_batches)
         assert budgets == sorted(budgets, reverse=True)

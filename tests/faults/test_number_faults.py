@@ -211,7 +211,7 @@ def state_with(losses: list[float], **values: Any) -> TrainState:
 
 def test_the_highest_loss_by_hand() -> None:
     """Mean plus six deviations of the window, the step just before left out."""
-    guard = GuardConfig(window_steps=4)
+    guard = GuardConfig(window_steps=4, spike_sigma=6.0)
     state = state_with([1.0, 2.0, 1.0, 2.0, 50.0])
     # Of step 5 the losses of steps 0 to 3 are known: mean 1.5, deviation 0.5.
     assert highest_loss(state, 5, guard) == pytest.approx(1.5 + 6 * 0.5)
@@ -223,7 +223,9 @@ def test_few_losses_and_no_sigma_give_no_limit() -> None:
     steady = state_with([1.0] * 8)
     assert highest_loss(steady, 9, GuardConfig(window_steps=8, spike_sigma=None)) == math.inf
     # Losses that do not vary at all: a twentieth of the mean counts as their deviation.
-    assert highest_loss(steady, 9, GuardConfig(window_steps=8)) == pytest.approx(1.3)
+    assert highest_loss(steady, 9, GuardConfig(window_steps=8, spike_sigma=6.0)) == pytest.approx(
+        1.3
+    )
 
 
 def test_a_good_step_ends_a_row_of_bad_ones() -> None:

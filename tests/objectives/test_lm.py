@@ -1,14 +1,17 @@
 """The objective's ways to its loss: plain, biased and adapted heads, smoothing, soft caps."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn.functional import cross_entropy
 from transformers import CohereConfig, Gemma2Config, LlamaConfig, PhiConfig
 
 from conftest import TINY_SIZES
+from tunesmith.config.objective import SftConfig
 from tunesmith.config.recipe import FullConfig, LoraConfig
 from tunesmith.data.pack import build_batch
 from tunesmith.data.tokenize import TokenSequence
@@ -96,6 +99,36 @@ def test_a_measured_model_has_no_smoothing(name: str, batch: PackedBatch) -> Non
         assert smoothed.step(model.train(), batch).loss_sum != plain.step(model, batch).loss_sum
         measured = smoothed.step(model.eval(), batch).loss_sum
     torch.testing.assert_close(measured, plain.step(model, batch).loss_sum.detach())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dft_weighs_each_token_with_its_own_probability(name: str, batch: PackedBatch) -> None:
+    """arXiv 2508.05629: the gradient of a token's loss times its probability, a constant."""
+    model = build(*MODELS[name]).train()
+    tensors = [parameter for _, parameter in trainable_parameters(model)]
+    result = SftObjective(variant="dft").step(model, batch)
+    grads = torch.autograd.grad(result.loss_sum, tensors, allow_unused=True)
+    with torch.no_grad():
+        p_N = supervised_logp(model, batch).exp()
+    weighted = replace(batch, weight_N=batch.weight_N * p_N)
+    expected = plain_loss(model, weighted, 0.0, 0.0)
+    expected_grads = torch.autograd.grad(expected, tensors, allow_unused=True)
+    torch.testing.assert_close(result.loss_sum, expected, rtol=0, atol=1e-11)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    with torch.no_grad():
+        measured = SftObjective(variant="dft").step(model.eval(), batch).loss_sum
+    plain = SftObjective().step(model, batch).loss_sum.detach()
+    torch.testing.assert_close(measured, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("other", [{"label_smoothing": 0.1}, {"z_loss": 1e-4}])
+def test_dft_stands_alone(other: dict[str, float]) -> None:
+    assert SftConfig.model_validate({"variant": "dft"}).variant == "dft"
+    with pytest.raises(ValidationError, match="`variant: dft` without"):
+        SftConfig.model_validate({"variant": "dft", **other})
 
 
 @pytest.mark.parametrize("name", MODELS)

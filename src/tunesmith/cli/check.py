@@ -17,7 +17,7 @@ from tunesmith.data.check.checker import Dropped, check_sources
 from tunesmith.data.check.fix import Fixed, check_target, write_fixed
 from tunesmith.data.check.page import write_page
 from tunesmith.data.check.report import CheckReport, Cost, counted
-from tunesmith.data.sources import Sources, find_sources
+from tunesmith.data.sources import Sources, find_recipe_sources
 from tunesmith.data.templates import build_renderer
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.model.device import find_device
@@ -43,7 +43,7 @@ def run_check(
     loaded = load_data(data, model, validation)
     quiet_libraries()
     reporter = ConsoleReporter(console)
-    sources = find_sources(loaded.recipe.data, loaded.locate, reporter)
+    sources = find_recipe_sources(loaded.recipe, loaded.locate, reporter)
     if fix:
         check_target(Path(fix), sources.train)
     report, dropped = _report(loaded, sources, reporter, is_recipe=_is_recipe(data))

@@ -31,7 +31,7 @@ SECONDS_BETWEEN_LINES = 10.0
 """Without a terminal a line appears this often instead of a moving bar."""
 
 
-SHOWN_METRICS = ("reward_accuracy", "reward_margin", "reward_gap")
+SHOWN_METRICS = ("reward_accuracy", "reward_margin", "reward_gap", "accuracy", "macro_f1", "margin")
 """Of an objective's metrics, what stands beside the validation loss."""
 
 

@@ -150,6 +150,26 @@ def chat(
 
 
 @app.command()
+def score(
+    target: Annotated[
+        str,
+        typer.Argument(help="A run directory, adapter, model, or hub id.", metavar="MODEL"),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Argument(help="A data file; KEY.PATH=VALUE as for train.", metavar="DATA..."),
+    ],
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Write all rows as JSON lines.")
+    ] = None,
+) -> None:
+    """Score data with a reward model or a classifier."""
+    from tunesmith.cli.score import run_score
+
+    run_score(target, data, out=out)
+
+
+@app.command()
 def quickstart(
     output: Annotated[
         str, typer.Option("--output", "-o", help="Run directory.")

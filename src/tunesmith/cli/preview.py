@@ -13,12 +13,13 @@ from tunesmith.cli.check import load_data
 from tunesmith.cli.console import ConsoleReporter, quiet_libraries
 from tunesmith.config.load import LoadedRecipe
 from tunesmith.data.columns import read_samples
-from tunesmith.data.sources import find_sources
+from tunesmith.data.encode import Pipeline
+from tunesmith.data.sources import find_recipe_sources
 from tunesmith.data.templates import build_renderer
-from tunesmith.data.tokenize import Encoder, TokenSequence
+from tunesmith.data.tokenize import TokenSequence
 from tunesmith.errors import DataError, Problem
 from tunesmith.model.load import find_model, load_tokenizer
-from tunesmith.types import Preference, Reporter, Sample, Tokenizer
+from tunesmith.types import Labeled, Preference, Reporter, Sample, Tokenizer
 
 
 def run_preview(recipe: str, overrides: Sequence[str], *, num_samples: int) -> None:
@@ -29,14 +30,13 @@ def run_preview(recipe: str, overrides: Sequence[str], *, num_samples: int) -> N
     source = find_model(loaded.recipe.model, ConsoleReporter(console), loaded.folder)
     tokenizer = load_tokenizer(source)
     renderer, template = build_renderer(tokenizer, loaded.recipe.data, loaded.folder)
-    encoder = Encoder(tokenizer.backend_tokenizer)
+    pipeline = Pipeline(renderer, loaded.recipe.data.prompt_loss_weight)
     console.print(f"template: {template}", highlight=False)
     console.print(_legend(console))
-    for sample in first_samples(loaded, num_samples, ConsoleReporter(console)):
-        segments = renderer.render(sample)
-        if isinstance(segments, Problem):
-            raise DataError([segments])
-        sequences = encoder.encode([segments], loaded.recipe.data.prompt_loss_weight)[0]
+    samples = first_samples(loaded, num_samples, ConsoleReporter(console))
+    for sample, sequences in pipeline.tokens_of(samples):
+        if isinstance(sequences, Problem):
+            raise DataError([sequences])
         show_sample(console, tokenizer, sample, sequences, loaded.recipe.data.max_length)
     for note, count in renderer.notes.items():
         console.print(f"note ({count} of these samples): {note}", highlight=False)
@@ -50,7 +50,7 @@ def first_samples(loaded: LoadedRecipe, count: int, reporter: Reporter) -> list[
     """
     rows = (
         row
-        for source in find_sources(loaded.recipe.data, loaded.locate, reporter).train
+        for source in find_recipe_sources(loaded.recipe, loaded.locate, reporter).train
         for row in read_samples(source.config, source.files)
     )
     if loaded.recipe.data.bad_rows == "drop":
@@ -78,6 +78,8 @@ def show_sample(
         part = f", sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""
         if isinstance(sample, Preference) and len(sequences) == 2:
             part = (", chosen", ", rejected")[number - 1]
+        if isinstance(sample, Labeled):
+            part = f", label {sample.label}, which the last token tells"
         console.print(f"\n{sample.origin}{part}", style="bold", highlight=False)
         console.print(token_text(tokenizer, sequence, console))
         line = f"{total} tokens, {learned} supervised ({100 * learned / max(total, 1):.0f} %)"

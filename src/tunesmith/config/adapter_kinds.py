@@ -65,6 +65,8 @@ SHORT_METHODS: dict[str, dict[str, object]] = {
     "rslora": {"name": "lora", "rslora": True},
     "pissa": {"name": "lora", "init": "pissa"},
     "olora": {"name": "lora", "init": "olora"},
+    "loftq": {"name": "lora", "init": "loftq"},
+    "eva": {"name": "lora", "init": "eva"},
     **{
         short: {"name": "adapter", "kind": short}
         for short in (*(kind.lower() for kind in ADAPTER_KINDS), "p_tuning_v2")

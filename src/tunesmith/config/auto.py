@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tunesmith.config.budget import Needs, Plan, Wish, choose_compile, plan_memory
+from tunesmith.config.heads import ClassifyConfig, RewardConfig
 from tunesmith.config.method import AdapterConfig, auto_alpha, base_learning_rate
 from tunesmith.config.objective import PreferenceConfig, RatedConfig
+from tunesmith.config.policy import GroupConfig, PpoConfig, SamplingConfig, policy_presets
 from tunesmith.config.recipe import LoraConfig, Recipe
 
 AUTO_KEYS = (
@@ -26,9 +28,16 @@ AUTO_KEYS = (
     "train.learning_rate",
     "checkpoint.every_steps",
     "checkpoint.background",
+    "guard.spike_sigma",
 )
 
-OBJECTIVE_KEYS = ("objective.beta", "objective.margin")
+OBJECTIVE_KEYS = (
+    "objective.beta",
+    "objective.margin",
+    "objective.labels",
+    *(f"objective.{name}" for name in ("clip", "clip_high", "kl_weight", "scale", "averaging")),
+    "objective.drop_equal",
+)
 """What only some objectives leave open."""
 
 TEXT_TOKENS = 2048
@@ -36,6 +45,14 @@ TEXT_TOKENS = 2048
 
 EPOCHS_BY_ROWS = ((100, 15), (1_000, 10), (10_000, 2), (100_000, 1))
 """The rule of thumb of the Chinese SFT guides: small data wants many passes."""
+
+
+RULE_RATES = {
+    "lion": (1 / 10, "; a tenth of AdamW's, for lion moves every number by all of it"),
+    "adafactor": (10, "; ten times AdamW's: adafactor's is a share of the weights' size"),
+    "sgd": (1000, "; a thousand times AdamW's: sgd does not divide gradients by their size"),
+}
+"""Learning rates over AdamW's, and why; the update of other rules is as large as AdamW's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +84,8 @@ class Facts:
     """Whether the data brings validation rows of its own."""
     draws_per_row: float = 1.0
     """Samples of an epoch for each row: sources may have weights or counts."""
+    labels: tuple[str, ...] = ()
+    """Of data to classify."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +132,16 @@ def resolve(recipe: Recipe, facts: Facts) -> Resolved:
     if isinstance(recipe.objective, PreferenceConfig):
         fill("objective.beta", *_beta(recipe.objective))
         fill("objective.margin", *_margin(recipe.objective))
+    if isinstance(recipe.objective, ClassifyConfig):
+        fill("objective.labels", list(facts.labels), "those of the data")
+    if isinstance(recipe.objective, GroupConfig | PpoConfig):
+        for name, value in policy_presets(recipe.objective).items():
+            fill(f"objective.{name}", value, f"as the authors of {recipe.objective.name} take")
+    is_policy = isinstance(recipe.objective, SamplingConfig)
+    spikes = (None, "losses of policies have no level") if is_policy else (6.0, "far outside")
+    fill("guard.spike_sigma", *spikes)
     fill("train.epochs", *auto_epochs(num_train))
-    batch = fill("train.global_batch", *_global_batch(num_train))
+    batch = fill("train.global_batch", *_global_batch(num_train, least=8 if is_policy else 1))
     fill("train.learning_rate", *_learning_rate(recipe, facts))
     longest = int(values["data"]["max_length"])
     step_tokens = _step_tokens(facts.longest_samples, int(str(batch)), longest)
@@ -227,8 +254,9 @@ def auto_epochs(num_train: int) -> tuple[int, str]:
     return epochs, f"{num_train:,} rows; the best checkpoint is kept"
 
 
-def _global_batch(num_train: int) -> tuple[int, str]:
-    return min(256, max(1, round(0.002 * num_train))), "0.2 % of the rows, 1 to 256"
+def _global_batch(num_train: int, *, least: int = 1) -> tuple[int, str]:
+    least = min(least, num_train)
+    return min(256, max(least, round(0.002 * num_train))), f"0.2 % of the rows, {least} to 256"
 
 
 def _learning_rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
@@ -237,7 +265,14 @@ def _learning_rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     name = method.kind if isinstance(method, AdapterConfig) else method.name
     wish = f"{name} on a model {facts.hidden_size} wide"
     rate = base_learning_rate(method) * math.sqrt(2048 / facts.hidden_size)
+    is_policy = isinstance(recipe.objective, SamplingConfig)
     if isinstance(recipe.objective, PreferenceConfig | RatedConfig):
         rate, wish = rate / 10, f"{wish}; a tenth, for preferences"
+    elif is_policy:
+        rate, wish = rate / 10, f"{wish}; a tenth, for answers of its own"
+    elif isinstance(recipe.objective, RewardConfig):
+        rate, wish = rate / 2, f"{wish}; half, for scores that a few pairs soon tell apart"
+    factor, because = RULE_RATES.get(recipe.train.optimizer.name, (1, ""))
+    rate, wish = rate * factor, wish + because
     digits = 1 - math.floor(math.log10(rate))
     return round(rate, digits), wish

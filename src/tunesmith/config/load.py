@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from tunesmith.config.adapter_kinds import REFUSED_KINDS, SHORT_METHODS
 from tunesmith.config.recipe import Recipe
 from tunesmith.errors import RecipeError
 from tunesmith.types import Json
@@ -265,13 +266,30 @@ def _first_error(error: ValidationError, places: Mapping[KeyPath, str], where: s
     ]
     found = problem.get("input")
     if problem["type"] == "union_tag_invalid":
-        found = cast("dict[str, object]", found)["name"]
-        messages = [problem.get("ctx", {})["expected_tags"].replace(", ", " or ")]
+        context = problem.get("ctx", {})  # a method has a name, a reward function a kind
+        name = str(cast("dict[str, object]", found)[str(context["discriminator"]).strip("'")])
+        return _unknown_name(key, name, context["expected_tags"], place)
     return RecipeError(
         "recipe.bad-value",
         place,
         found=f"{found!r} for `{key}`",
         expected=" or ".join(dict.fromkeys(messages)),
+    )
+
+
+def _unknown_name(key: str, name: str, tags: str, place: str) -> RecipeError:
+    """What to say of a method or an objective that there is none of, with the nearest one."""
+    known = [tag.strip("' ") for tag in tags.split(",")]
+    expected, kind = tags.replace(", ", " or "), name.upper().replace("-", "_")
+    if key == "method":
+        known += SHORT_METHODS
+        expected += ", or a short name (docs/methods.md)"
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
+    try_ = f"did you mean `{near[0]}`?" if near else None
+    if key == "method" and kind in REFUSED_KINDS:
+        try_ = f"{name} is not there: {REFUSED_KINDS[kind]}"
+    return RecipeError(
+        "recipe.bad-value", place, found=f"{name!r} for `{key}`", expected=expected, try_=try_
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from tunesmith.config.base import Auto, Fraction, PositiveInt, Strict
 from tunesmith.config.method import (
@@ -19,7 +19,7 @@ from tunesmith.config.method import (
     long_form,
 )
 from tunesmith.config.objective import ObjectiveConfig, SftConfig
-from tunesmith.config.optimizer import OptimizerConfig
+from tunesmith.config.optimizer import AdamWConfig, OptimizerConfig, check_optimizer
 
 
 def _from_short(value: object, key: str) -> object:
@@ -44,6 +44,13 @@ class ModelConfig(Strict):
     """A LoRA adapter to go on from, in PEFT's format: a folder or a hub id; null starts anew."""
     merge_adapter: bool = False
     """Add that adapter to the weights first, and train by the method on top of it."""
+    new_tokens: list[str] = Field(default_factory=list[str])
+    """Texts that become tokens of their own, e.g. [<tool>], with embeddings that are trained."""
+    new_special_tokens: list[str] = Field(default_factory=list[str])
+    """The same, for tokens that only chat templates write: in the data's texts they stay text."""
+    pad_vocabulary_to: PositiveInt | None = None
+    """Rows of the embedding become a multiple of this, where the whole model is trained; null pads
+    nothing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -56,6 +63,13 @@ class ModelConfig(Strict):
             raise ValueError("`merge_adapter` together with `adapter`")
         if self.merge_adapter and self.quantize != "none":
             raise ValueError("`merge_adapter` without `quantize`: merging would round once more")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_new(self) -> ModelConfig:
+        texts = [*self.new_tokens, *self.new_special_tokens]
+        if len(set(texts)) < len(texts) or not all(text.strip() for text in texts):
+            raise ValueError("texts that differ and are not blank")
         return self
 
 
@@ -79,6 +93,8 @@ class SourceConfig(Strict):
         "preference",
         "openai-preference",
         "kto",
+        "labeled",
+        "prompt",
     ] = "auto"
     """Shape of the rows; auto looks at their column names (docs/data.md)."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -254,9 +270,10 @@ class TrainConfig(Strict):
     warmup: Annotated[float, Field(ge=0)] = 0.1
     """Below 1 a share of all steps, from 1 on a number of steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay, on matrices only."""
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    """How weights are updated: adamw, adamw_8bit, ..., or {name, states, keep_master, ...}."""
+    """Decoupled weight decay (arXiv 1711.05101), on matrices only."""
+    optimizer: OptimizerConfig = Field(default_factory=AdamWConfig)
+    """How weights are updated: adamw, adamw_8bit, muon, galore, ... (docs/methods.md), or
+    {name, ...} with settings."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest gradient norm; null does not clip."""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
@@ -307,10 +324,11 @@ class GuardConfig(Strict):
     A step whose loss or gradient is not finite never changes weights, whatever is set here.
     """
 
-    spike_sigma: Annotated[float, Field(gt=0)] | None = 6.0
+    spike_sigma: Auto | Annotated[float, Field(gt=0)] | None = "auto"
     """A loss so many standard deviations above the mean of the steps before is not learned from.
 
-    null learns from all that is finite."""
+    null learns from all that is finite; auto is 6, and null for policies, whose losses have no
+    level."""
     window_steps: PositiveInt = 128
     """So many steps before make up the mean; nothing is a spike before a quarter of them are."""
     rollback_after: PositiveInt = 3
@@ -369,3 +387,10 @@ class Recipe(Strict):
                 part = {"name": "sft", **cast("dict[str, object]", part)}
             recipe["objective"] = part
         return recipe
+
+    @field_validator("train")
+    @classmethod
+    def _optimizer_fits(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        if "method" in info.data:  # else that is the problem to tell of
+            check_optimizer(train.optimizer, info.data["method"])
+        return train

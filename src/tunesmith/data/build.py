@@ -29,7 +29,7 @@ from tunesmith.io.fault import fault
 from tunesmith.io.lock import directory_lock
 from tunesmith.io.manifest import find_damage, write_manifest
 from tunesmith.io.redact import redact_tree
-from tunesmith.types import Origin, Rated, Reporter, Sample
+from tunesmith.types import Labeled, Origin, Rated, Reporter, Sample
 
 SHARD_SAMPLES = 50_000
 """Samples between two points from which a build can go on."""
@@ -103,9 +103,9 @@ ARRAY_CODES: dict[Any, str] = {
 class _Columns:
     """Growing columns of a shard."""
 
-    def __init__(self, files: dict[tuple[str, str | None], int]) -> None:
+    def __init__(self, progress: _Progress) -> None:
         self.arrays = {name: array(ARRAY_CODES[kind]) for name, kind in ARRAYS.items()}
-        self.files = files
+        self.files, self.labels = progress.files, progress.labels
 
     @property
     def num_samples(self) -> int:
@@ -133,12 +133,17 @@ class _Columns:
             "sample_file": [self._file(sample.origin) for _, sample, _ in rows],
             "sample_source": [source for source, _, _ in rows],
             "sample_kind": [KINDS.index(kind_of(sample)) for _, sample, _ in rows],
-            "sample_label": [isinstance(s, Rated) and s.is_good for _, s, _ in rows],
+            "sample_label": [self._label(sample) for _, sample, _ in rows],
         }.items():
             self.arrays[name].frombytes(np.asarray(values, dtype=ARRAYS[name]).tobytes())
 
     def _file(self, origin: Origin) -> int:
         return self.files.setdefault((origin.path, origin.sheet), len(self.files))
+
+    def _label(self, sample: Sample) -> int:
+        if isinstance(sample, Labeled):
+            return self.labels.setdefault(sample.label, len(self.labels))
+        return int(isinstance(sample, Rated) and sample.is_good)
 
     def save(self, folder: Path) -> None:
         for name, values in self.arrays.items():
@@ -156,6 +161,7 @@ class _Progress:
         self.problems = [Problem(**problem) for problem in state.get("problems", [])]
         self.notes = Counter[str](state.get("notes", {}))
         self.files = {(path, sheet): n for n, (path, sheet) in enumerate(state.get("files", []))}
+        self.labels = {label: n for n, label in enumerate(state.get("labels", []))}
 
     def add(self, problem: Problem) -> None:
         self.num_bad += 1
@@ -174,6 +180,7 @@ class _Progress:
             "problems": problems,
             "notes": dict(self.notes),
             "files": [list(file) for file in self.files],
+            "labels": list(self.labels),
         }
 
     def check(self, inputs: StoreInputs) -> None:
@@ -204,13 +211,13 @@ def _build(inputs: StoreInputs, workplace: Path, folder: Path, reporter: Reporte
     rows = islice(read_sources(inputs.sources, reporter), progress.num_rows, None)
     num_bytes = sum(source.num_bytes for source in inputs.sources)
     pipeline = Pipeline(inputs.renderer, inputs.prompt_weight, is_large=num_bytes > LARGE_BYTES)
-    columns = _Columns(progress.files)
+    columns = _Columns(progress)
     for batch in pipeline.run(_accepted(rows, inputs.kinds)):
         fault("data.tokenize", rows=progress.num_rows)
         _add(batch, columns, progress)
         if columns.num_samples >= SHARD_SAMPLES:
             shards.append(_save_shard(workplace, len(shards), columns, progress))
-            columns = _Columns(progress.files)
+            columns = _Columns(progress)
     if columns.num_samples or not shards:
         shards.append(_save_shard(workplace, len(shards), columns, progress))
     progress.check(inputs)
@@ -259,6 +266,7 @@ SPOKEN = {
     "Text": "raw text",
     "Preference": "a preference pair",
     "Rated": "a rated answer",
+    "Labeled": "a text with a label",
 }
 
 

@@ -14,9 +14,9 @@ from itertools import islice
 from tunesmith.data.outlines import Outlines, Steps
 from tunesmith.data.templates import Renderer, Segment
 from tunesmith.data.templates.skeleton import CHECK_EVERY, Skeleton
-from tunesmith.data.tokenize import Encoder, TokenSequence, weigh_prompts
+from tunesmith.data.tokenize import Encoder, TokenSequence, weigh_prompts, whole_sequence
 from tunesmith.errors import Problem
-from tunesmith.types import Completion, Conversation, Preference, Rated, Sample, Text
+from tunesmith.types import Completion, Conversation, Labeled, Preference, Rated, Sample, Text
 
 BATCH_SAMPLES = 1000
 """Samples per parallel encode call: enough to fill all cores."""
@@ -31,6 +31,14 @@ Sourced = tuple[int, Sample | Problem]
 """A sample with the number of its source."""
 
 
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A text that is encoded whole; one that a template rendered has its special tokens already."""
+
+    text: str
+    is_rendered: bool
+
+
 @dataclass(slots=True)
 class Batch:
     """Samples on their way to tokens.
@@ -41,6 +49,7 @@ class Batch:
         notes: what rendering had to say, and how often.
         outlines: samples with an outline: (place, outline, its steps, the sample's texts).
         segments: samples without one: (place, rendered sequences).
+        labeled: samples with a label, which have no answer: (place, what is encoded).
     """
 
     rows: list[Sourced]
@@ -52,6 +61,8 @@ class Batch:
     segments: list[tuple[int, list[Segment]]] = field(
         default_factory=list[tuple[int, list[Segment]]]
     )
+
+    labeled: list[tuple[int, Plain]] = field(default_factory=list["tuple[int, Plain]"])
 
     def __iter__(self) -> Iterator[tuple[int, Sample | Problem, Tokenized]]:
         """(source, sample, tokens), in order."""
@@ -96,6 +107,14 @@ class Pipeline:
             while waiting:
                 yield waiting.popleft().result()
 
+    def tokens_of(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Tokenized]]:
+        """Each of a few samples with its tokens, by the template itself."""
+        self.renderer.skeletons = None
+        for batch in self.run((0, sample) for sample in samples):
+            for _, sample, tokens in batch:
+                if not isinstance(sample, Problem):
+                    yield sample, tokens
+
     def _num_threads(self) -> int:
         """Encoding by tiktoken takes the calling thread alone, by `tokenizers` all cores."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -107,6 +126,9 @@ class Pipeline:
         for index, (_, sample) in enumerate(rows):
             if isinstance(sample, Problem):
                 batch.results[index] = sample
+                continue
+            if isinstance(sample, Labeled):
+                self._take_labeled(batch, index, sample)
                 continue
             found = self.renderer.find_skeleton(sample)
             steps = self.outlines.steps_of(*found) if found else None
@@ -121,7 +143,24 @@ class Pipeline:
         batch.notes = self.renderer.notes - before
         return batch
 
+    def _take_labeled(self, batch: Batch, index: int, sample: Labeled) -> None:
+        content = sample.content
+        if isinstance(content, Text):
+            batch.labeled.append((index, Plain(content.text, is_rendered=False)))
+            return
+        rendered = self.renderer.render_whole(content)
+        if isinstance(rendered, Problem):
+            batch.results[index] = rendered
+        else:
+            batch.labeled.append((index, Plain(rendered, is_rendered=True)))
+
     def _encode(self, batch: Batch) -> Batch:
+        for is_rendered in (True, False):
+            own = [
+                (n, plain.text) for n, plain in batch.labeled if plain.is_rendered is is_rendered
+            ]
+            encoded = self.encoder.encode_whole([t for _, t in own], is_rendered=is_rendered)
+            batch.results |= zip((n for n, _ in own), map(whole_sequence, encoded), strict=True)
         whole = self.encoder.encode([item for _, item in batch.segments], self.prompt_weight)
         for (index, _), sequences in zip(batch.segments, whole, strict=True):
             batch.results[index] = sequences
@@ -173,6 +212,8 @@ def num_characters(sample: Sample | Problem) -> int:
             return sum(len(message.content or "") for message in sample.messages)
         case Rated():
             return num_characters(sample.conversation)
+        case Labeled():
+            return num_characters(sample.content)
         case Preference():
             return sum(num_characters(side) for side in sample.sides())
         case _:

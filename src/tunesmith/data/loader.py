@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,10 @@ class Loader:
         has_mismatched: behind the one sequence of each sample comes another, its prompt with the
             answer of the next sample of the global batch (KTO, arXiv 2402.01306 §4.1). Which one
             that is depends on the step, never on the budget; answers are cut at `max_length`.
+        labels: of a classifier, in the order of its head's rows: each sequence's last token
+            predicts the number of its label. Empty for other objectives.
         excluded: samples that steps leave out, where they come up.
+        reference: log-probability of each sequence of the store before training; batches bring it.
         repeats: so many steps in a row have the same batch: their objective samples answers to
             it once and learns from them in several updates.
         share_prefixes: compute what sequences have in common at their beginnings once. The same
@@ -58,8 +62,10 @@ class Loader:
     share_prefixes: bool = True
     group_size: int = 0
     has_mismatched: bool = False
+    labels: tuple[str, ...] = ()
     excluded: frozenset[int] = frozenset()
     repeats: int = 1
+    reference: npt.NDArray[np.floating[Any]] | None = field(default=None, repr=False)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -118,10 +124,26 @@ class Loader:
                 labels = {sample: self.store.label(sample) for sample in sample_ids}
         else:
             bins = pack_sequences(ids, self.micro_batch_tokens, share_prefixes=self.share_prefixes)
+        references = self._references(sample_ids)
+        classes = self._classes(sample_ids) if self.labels else None
         for forest in bins:
             yield build_batch(
-                sequences, forest, multiple_of=self.pad_to, group_size=size, labels=labels
-            )
+                sequences, forest,
+                multiple_of=self.pad_to, group_size=size, labels=labels, references=references,
+                classes=classes,
+            )  # fmt: skip
+
+    def _classes(self, sample_ids: Sequence[int]) -> dict[int, int]:
+        """The number of each sample's label; those of the store are numbered as they came up."""
+        names, numbers = self.store.labels, self.store.sample_labels
+        return {sample: self.labels.index(names[int(numbers[sample])]) for sample in sample_ids}
+
+    def _references(self, sample_ids: Sequence[int]) -> npt.NDArray[np.floating[Any]] | None:
+        """The values of `reference` in the order of `_sequences`."""
+        if self.reference is None:
+            return None
+        indices = [i for sample in sample_ids for i in self.store.sequences_of(sample)]
+        return self.reference[indices]
 
     def _sequences(self, sample_ids: Sequence[int]) -> list[tuple[int, TokenSequence]]:
         return [

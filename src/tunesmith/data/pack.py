@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -190,6 +191,8 @@ def build_batch(
     multiple_of: int = 1,
     group_size: int = 0,
     labels: Mapping[int, float] | None = None,
+    references: npt.NDArray[np.floating[Any]] | None = None,
+    classes: Mapping[int, int] | None = None,
 ) -> PackedBatch:
     """Lays (sample id, sequence) pairs end to end.
 
@@ -204,10 +207,13 @@ def build_batch(
             carries no loss: a processor's library makes its kernels anew for every size.
         group_size: sequences of a sample, which an objective compares; 0 where it does not.
         labels: of rated samples.
+        references: of each sequence, its log-probability before training.
+        classes: of samples to classify: the last token of each sequence, and no other, predicts
+            its sample's, with weight 1.
     """
     if forest is None:
         forest = whole([sequence.ids for _, sequence in sequences])
-    layout = _Layout(sequences)
+    layout = _Layout(sequences, classes)
     for branch in forest:
         layout.add(branch, parent=-1, before=[])
     leaves = [leaf.sequence for branch in forest for leaf in branch.leaves()]
@@ -234,6 +240,7 @@ def build_batch(
         label_G=torch.tensor([labels[sample] for sample in samples] if labels else []),
         num_tokens=num_tokens,
         loss_weight=float(len(groups)) if group_size else float(weight_N.double().sum()),
+        reference_S=None if references is None else torch.from_numpy(references[leaves]),
     )
 
 
@@ -252,8 +259,13 @@ def mismatched(sequence: TokenSequence, other: TokenSequence, max_length: int) -
 class _Layout:
     """The stream and the list of what is supervised, growing branch by branch."""
 
-    def __init__(self, sequences: Sequence[tuple[int, TokenSequence]]) -> None:
+    def __init__(
+        self,
+        sequences: Sequence[tuple[int, TokenSequence]],
+        classes: Mapping[int, int] | None = None,
+    ) -> None:
         self.sequences = sequences
+        self.classes = classes
         self.num_rows = 0
         self.lengths: list[int] = []
         self.parents: list[int] = []
@@ -296,13 +308,25 @@ class _Layout:
         """Lists a sequence's supervised tokens; `rows` are the rows of all its tokens."""
         sequence = self.sequences[number][1]
         self.last_rows.append(int(rows[-1]))
+        if self.classes is not None:
+            target = np.array([self.classes[sample]])
+            self._predict((sample, number), rows[-1:], target, 1.0)
+            return
         for first, count, weight in sequence.runs:
             begin, end = max(first, 1), first + count
-            self.rows.append(rows[begin - 1 : end - 1])
-            self.targets.append(sequence.ids[begin:end])
-            self.weights.append(np.full(end - begin, weight))
-            self.samples.append(np.full(end - begin, sample))
-            self.sequence_numbers.append(np.full(end - begin, number))
+            self._predict(
+                (sample, number), rows[begin - 1 : end - 1], sequence.ids[begin:end], weight
+            )
+
+    def _predict(
+        self, owner: tuple[int, int], rows: np.ndarray, targets: np.ndarray, weight: float
+    ) -> None:
+        """Lists rows with what they predict, for the (sample, sequence) that they belong to."""
+        self.rows.append(rows)
+        self.targets.append(targets)
+        self.weights.append(np.full(len(rows), weight))
+        self.samples.append(np.full(len(rows), owner[0]))
+        self.sequence_numbers.append(np.full(len(rows), owner[1]))
 
 
 def _joined(parts: Sequence[np.ndarray], dtype: npt.DTypeLike) -> torch.Tensor:

@@ -87,7 +87,7 @@ def make_split(
         train, held_out_hashes = own, validation_store.sample_hashes[validation]
     else:
         inside, held_out = split_by_source(
-            store.sample_hashes[own], source_of[own], num_validation(data, len(own)), seed
+            store.sample_hashes[own], store.strata[own], num_validation(data, len(own)), seed
         )
         train, validation, of_validation = own[inside], own[held_out], Counts()
         held_out_hashes = store.sample_hashes[validation]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith.config.recipe import DataConfig, SourceConfig
+from tunesmith.config.heads import ClassifyConfig
+from tunesmith.config.policy import SamplingConfig
+from tunesmith.config.recipe import DataConfig, Recipe, SourceConfig
 from tunesmith.data.readers import all_files, find_files, named_splits
 from tunesmith.data.readers.hub import declared_splits, fetch_dataset, parse_hub_id
 from tunesmith.data.readers.splits import WORDS
@@ -41,6 +43,37 @@ class Sources:
     def stored(self) -> tuple[Source, ...]:
         """The sources of the training store; replay, if any, is the last."""
         return (*self.train, self.replay) if self.replay else self.train
+
+
+def find_recipe_sources(
+    recipe: Recipe, locate: Callable[[str], Path], reporter: Reporter
+) -> Sources:
+    """The sources of a recipe's data, whose rows are read for what its objective learns from.
+
+    Raises:
+        DataError: see `find_sources`.
+    """
+    sources = find_sources(recipe.data, locate, reporter)
+    if isinstance(recipe.objective, ClassifyConfig):
+        return _read_as(sources, "labeled")
+    if isinstance(recipe.objective, SamplingConfig):
+        return _read_as(sources, "prompt")
+    return sources
+
+
+def _read_as(sources: Sources, form: str) -> Sources:
+    """The sources with this format where the recipe leaves it open."""
+
+    def changed(source: Source) -> Source:
+        if source.config.format != "auto":
+            return source
+        return replace(source, config=source.config.model_copy(update={"format": form}))
+
+    return Sources(
+        tuple(map(changed, sources.train)),
+        tuple(map(changed, sources.validation)),
+        sources.replay and changed(sources.replay),
+    )
 
 
 def find_sources(data: DataConfig, locate: Callable[[str], Path], reporter: Reporter) -> Sources:

@@ -19,7 +19,7 @@ from tunesmith.data.tokenize import TokenSequence
 from tunesmith.io.manifest import file_sha256
 from tunesmith.types import Origin, Sample
 
-STORE_VERSION = 7
+STORE_VERSION = 8
 """Goes into the key: raise it when rendering or tokenization changes."""
 
 ARRAYS = {
@@ -35,13 +35,13 @@ ARRAYS = {
     "sample_file": np.int32,  # index into meta.json's list of files
     "sample_source": np.int16,  # number of the source
     "sample_kind": np.uint8,  # index into KINDS
-    "sample_label": np.uint8,  # 1 where a sample is rated good
+    "sample_label": np.int32,  # 1 where a sample is rated good; index into meta.json's labels
 }
 
-KINDS = ("Conversation", "Completion", "Text", "Preference", "Rated")
+KINDS = ("Conversation", "Completion", "Text", "Preference", "Rated", "Labeled")
 """Kinds of samples, by the names of their classes."""
 
-TEXT_KIND, RATED_KIND = KINDS.index("Text"), KINDS.index("Rated")
+TEXT_KIND, RATED_KIND, LABELED_KIND = map(KINDS.index, ("Text", "Rated", "Labeled"))
 
 
 class TokenStore:
@@ -113,6 +113,25 @@ class TokenStore:
     def label(self, sample: int) -> float:
         """1 for a sample that is rated good, else 0."""
         return float(self._arrays["sample_label"][sample])
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of samples that have one, as they first come up; none of other data."""
+        return self.meta["labels"]
+
+    @cached_property
+    def sample_labels(self) -> npt.NDArray[np.int64]:
+        """The number of each sample's label in `labels`; 0 where samples have none."""
+        numbers = self._arrays["sample_label"].astype(np.int64)
+        return np.where(self._arrays["sample_kind"] == LABELED_KIND, numbers, 0)
+
+    @property
+    def strata(self) -> npt.NDArray[np.int64]:
+        """A number for each sample that those of the same source and label have in common."""
+        if not self.labels:
+            return self.sample_sources
+        both = self.sample_sources * len(self.labels) + self.sample_labels
+        return np.unique(both, return_inverse=True)[1].astype(np.int64)
 
     def sequences_per_sample(self) -> npt.NDArray[np.int64]:
         """How many sequences each sample has."""

@@ -73,6 +73,19 @@ class Encoder:
         encodings = iter(self.backend.encode_batch(plain, add_special_tokens=False))
         return [self._encode_guarded(t) if GUARD in t else next(encodings) for t in texts]
 
+    def encode_whole(self, texts: Sequence[str], *, is_rendered: bool) -> list[list[int]]:
+        """The ids of whole texts.
+
+        Args:
+            texts: plain ones, which get the special tokens that the tokenizer puts around any
+                text, or rendered ones, which have theirs.
+            is_rendered: which of the two they are.
+        """
+        if is_rendered:
+            return [encoding.ids for encoding in self.encode_texts(texts)]
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=True)
+        return [encoding.ids for encoding in encodings]
+
     def _encode_guarded(self, text: str) -> Encoding:
         whole = PlainEncoding([], [])
         stop = 0
@@ -194,6 +207,11 @@ def _length(span: Span) -> int:
 def trimmed(ids: npt.NDArray[np.int32], runs: tuple[Run, ...]) -> TokenSequence:
     """Drops what follows the last supervised token: it would be computed for nothing."""
     return TokenSequence(ids[: runs[-1][0] + runs[-1][1]] if runs else ids, runs)
+
+
+def whole_sequence(ids: Sequence[int]) -> list[TokenSequence]:
+    """One sequence whose tokens all count, so that it may be cut anywhere; none of no tokens."""
+    return [TokenSequence(as_ids(ids), ((0, len(ids), 1.0),))] if ids else []
 
 
 def as_ids(ids: Sequence[int]) -> npt.NDArray[np.int32]:

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
+from tunesmith.config.recipe import CheckpointConfig
 from tunesmith.engine.inline import InlineExecutor, submit_or_do
 from tunesmith.engine.state import TrainState
 from tunesmith.errors import CheckpointError, DiskError
@@ -98,6 +99,7 @@ class Checkpoints:
         weights: of the model.
         optimizer: of these weights.
         in_background: write them from a copy in memory while training goes on.
+        extras: what else must survive, such as sampled answers; None if nothing.
     """
 
     folder: Path
@@ -105,6 +107,7 @@ class Checkpoints:
     weights: Weights
     optimizer: Optimizer
     in_background: bool = False
+    extras: Weights | None = None
     _pool: Executor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), repr=False
     )
@@ -132,17 +135,29 @@ class Checkpoints:
             self._pool, future = submit_or_do(self._pool, save.write)
             self._under_way = (save, future)
             return
-        live = (self.weights.writer(copies=False), self.optimizer.tensors())
+        live = (self._writer(copies=False), self.optimizer.tensors())
         save = Save(target, state.copy(), is_scheduled, *live)
         # Training waits: the tensors are the live ones.
         self._under_way = (save, InlineExecutor().submit(save.write))
+
+    def _writer(self, *, copies: bool) -> Callable[[Path], None]:
+        write_weights = self.weights.writer(copies=copies)
+        if self.extras is None:
+            return write_weights
+        write_extras = self.extras.writer(copies=copies)
+
+        def write(folder: Path) -> None:
+            write_weights(folder)
+            write_extras(folder)
+
+        return write
 
     def _copies(self) -> tuple[Callable[[Path], None], dict[str, torch.Tensor]] | None:
         """Weights and optimizer as they are at this moment; None if memory does not suffice."""
         try:
             tensors = self.optimizer.tensors()
             copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-            return self.weights.writer(copies=True), copies
+            return self._writer(copies=True), copies
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -184,7 +199,9 @@ class Checkpoints:
     @property
     def num_bytes(self) -> int:
         """Of one checkpoint, but for a few KiB."""
-        return self.weights.num_bytes + sum(t.nbytes for t in self.optimizer.tensors().values())
+        extras = 0 if self.extras is None else self.extras.num_bytes
+        optimizer = sum(tensor.nbytes for tensor in self.optimizer.tensors().values())
+        return self.weights.num_bytes + extras + optimizer
 
     def require_space(self) -> None:
         """Makes sure that a checkpoint has room.
@@ -242,6 +259,8 @@ class Checkpoints:
         state, tensors = read_state(path), load_file(path / OPTIMIZER)
         try:
             self.weights.load(path)
+            if self.extras is not None:
+                self.extras.load(path)
             self.optimizer.restore(tensors)
         except ValueError as error:
             raise CheckpointError(
@@ -290,6 +309,20 @@ class Checkpoints:
         for path in paths:
             if path.name not in kept:
                 _remove(path)
+
+
+def open_checkpoints(
+    folder: Path, config: CheckpointConfig, weights: Weights, optimizer: Optimizer
+) -> Checkpoints:
+    """The checkpoints of a run, as its recipe wants them.
+
+    Raises:
+        DiskError: there is no room for one (`disk.full`).
+    """
+    in_background = config.background is True
+    checkpoints = Checkpoints(folder, config.keep, weights, optimizer, in_background)
+    checkpoints.require_space()
+    return checkpoints
 
 
 def read_state(path: Path) -> TrainState:

@@ -32,12 +32,13 @@ def highest_loss(state: TrainState, step: int, guard: GuardConfig) -> float:
     """
     known = [loss for at, loss in state.recent_losses if at < step - LAG_STEPS]
     known = known[-guard.window_steps :]
-    if guard.spike_sigma is None or len(known) < max(2, guard.window_steps // 4):
+    sigma = guard.spike_sigma
+    if sigma is None or sigma == "auto" or len(known) < max(2, guard.window_steps // 4):
         return math.inf
     mean = math.fsum(known) / len(known)
     variance = math.fsum((loss - mean) ** 2 for loss in known) / len(known)
     deviation = max(math.sqrt(variance), LEAST_SHARE * abs(mean), LEAST_DEVIATION)
-    return mean + guard.spike_sigma * deviation
+    return mean + sigma * deviation
 
 
 def record_loss(state: TrainState, step: int, loss: float, guard: GuardConfig) -> None:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,6 +46,7 @@ from tunesmith.errors import (
     RunError,
     TunesmithError,
 )
+from tunesmith.objectives.base import figures
 from tunesmith.types import GlobalBatch, Json
 
 MOST_EXCLUDED = 0.5
@@ -155,29 +156,37 @@ def _train_on(run: Run, progress: Progress) -> bool:
             if is_end:
                 return True
             run.watchdog.beat("data", state.step)
-            note = StepNote(state.step, next(batches))
-            started = time.perf_counter()
-            run.watchdog.beat("step", state.step, _places(run, note.batch.sample_ids))
-            found = _update(run, note, state)
+            given, started = next(batches), time.perf_counter()
+            run.watchdog.beat("step", state.step, _places(run, given.sample_ids))
+            found = _update(run, given, state, loader.micro_batch_tokens)
             if isinstance(found, TooLargeError):
                 _record(run, state, numbers.drain())
                 _take_less(run, state, loader, found)
                 return False
             if found is not None:
-                numbers.put(note, found, started)
+                numbers.put(*found, started)
                 state.step += 1
                 run.optimizer.is_updating = False
                 _record(run, state, numbers.ready())
                 run.after_step()
 
 
-def _update(run: Run, note: StepNote, state: TrainState) -> torch.Tensor | TooLargeError | None:
-    limit = highest_loss(state, note.step, run.recipe.guard)
+def _update(
+    run: Run, given: GlobalBatch, state: TrainState, budget: int
+) -> tuple[StepNote, torch.Tensor] | TooLargeError | None:
+    """A step on a batch, or on answers to it that are sampled first; None if a signal came."""
+    limit = highest_loss(state, state.step, run.recipe.guard)
+    batch: GlobalBatch | None = given
     try:
-        return update(run, note.batch, note.step, highest_loss=limit)
+        if run.rollouts is not None:
+            batch = run.rollouts.batch(given, state.step, budget, run.is_stopped)
+        found = batch and update(run, batch, state.step, highest_loss=limit)
     except TooLargeError as problem:
         # Without the frames, which hold all that the forward kept: it must be gone before a retry.
         return problem.with_traceback(None)
+    if batch is None or found is None:
+        return None
+    return StepNote(state.step, batch), found
 
 
 def _between_steps(run: Run, progress: Progress) -> bool:
@@ -264,7 +273,8 @@ def _record(run: Run, state: TrainState, steps: Iterator[Arrival[StepNote]]) -> 
             data: dict[str, Json] = {
                 "epoch": round(done / run.loader.steps_per_epoch, 4),
                 "loss": loss,
-                **dict(zip(run.objective.metric_names, metrics, strict=True)),
+                **batch.facts,
+                **figures(run.objective, metrics),
                 "grad_norm": norm,
                 "learning_rate": learning_rate_at(run.recipe.train, step, run.num_steps),
                 "tokens": batch.num_tokens,
@@ -337,7 +347,13 @@ def _take_less(run: Run, state: TrainState, loader: Loader, problem: TooLargeErr
         OutOfMemoryError: what did not fit is one sample already.
     """
     tokens = problem.batch.num_stored_tokens
-    budget = smaller_budget(loader, state.step, tokens)
+
+    def packed(budget: int) -> GlobalBatch:
+        if run.rollouts is not None:
+            return run.rollouts.packed(state.step, budget)
+        return replace(loader, micro_batch_tokens=budget).batch(state.step)
+
+    budget = smaller_budget(packed, tokens)
     if budget is None:
         raise too_large(run, loader, problem)
     free_memory(run.device)

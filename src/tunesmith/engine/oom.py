@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import re
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 
-from tunesmith.data.loader import Loader
-from tunesmith.types import PackedBatch
+from tunesmith.types import GlobalBatch, PackedBatch
 
 SMALLEST_TOKENS = 8
 """A budget that small makes every sequence a micro-batch of its own."""
@@ -39,12 +38,11 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def smaller_budget(loader: Loader, step: int, failed_tokens: int) -> int | None:
+def smaller_budget(packed: Callable[[int], GlobalBatch], failed_tokens: int) -> int | None:
     """Half the tokens at once, or less, so that the step's largest micro-batch gets smaller.
 
     Args:
-        loader: as it is now.
-        step: whose global batch did not fit.
+        packed: the global batch that did not fit, with another budget.
         failed_tokens: rows of the micro-batch that was too large.
 
     Returns:
@@ -53,7 +51,7 @@ def smaller_budget(loader: Loader, step: int, failed_tokens: int) -> int | None:
     budget = failed_tokens
     while budget > SMALLEST_TOKENS:
         budget //= 2
-        micro_batches = replace(loader, micro_batch_tokens=budget).batch(step).micro_batches
+        micro_batches = packed(budget).micro_batches
         if max(batch.num_stored_tokens for batch in micro_batches) < failed_tokens:
             return budget
     return None

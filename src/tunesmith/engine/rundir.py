@@ -66,6 +66,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return any(path.suffix == "" for path in self.checkpoints.glob("step-*"))
+
+    @property
     def model(self) -> Path:
         """The result."""
         return self.path / "model"

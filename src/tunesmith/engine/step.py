@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -29,8 +29,33 @@ from tunesmith.engine.watchdog import Watchdog
 from tunesmith.io.fault import fault
 from tunesmith.objectives.base import LooksAhead, Objective, StepResult
 from tunesmith.ops.memory_errors import is_out_of_memory
-from tunesmith.ops.optim import FlatAdamW
+from tunesmith.ops.optim import Optimizer
 from tunesmith.types import GlobalBatch, PackedBatch
+
+
+class Rollouts(Protocol):
+    """What turns prompts into answers that the model samples, for objectives that learn from these.
+
+    It asks `is_stopped` as often as it can, and then gives up, with None.
+    """
+
+    def batch(
+        self, given: GlobalBatch, step: int, budget: int, is_stopped: Callable[[], bool]
+    ) -> GlobalBatch | None:
+        """What a step learns from, given the samples whose prompts are answered.
+
+        Raises:
+            TooLargeError: memory did not suffice for a micro-batch.
+        """
+        ...
+
+    def packed(self, step: int, budget: int) -> GlobalBatch:
+        """The same in micro-batches of at most `budget` tokens, after `batch` for this step."""
+        ...
+
+    def measure(self, step: int, is_stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Figures of answers to what is held out, `loss` first among them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,14 +63,14 @@ class Run:
     """All parts of a run, put together by `train.py`.
 
     `validation` is the loader of what is held out, or None; `peak_bytes` predicts the memory of a
-    micro-batch of so many tokens.
+    micro-batch of so many tokens; `rollouts` is None where the data itself is learned from.
     """
 
     recipe: Recipe
     model: Any
     parameters: list[tuple[str, torch.nn.Parameter]]
     objective: Objective
-    optimizer: FlatAdamW
+    optimizer: Optimizer
     loader: Loader
     validation: Loader | None
     checkpoints: Checkpoints
@@ -58,6 +83,12 @@ class Run:
     peak_bytes: Callable[[int], int]
     after_step: Callable[[], object] = lambda: None
     """Called when a step is done, for what the machine needs."""
+    rollouts: Rollouts | None = None
+
+    def is_stopped(self) -> bool:
+        """Whether a signal came; also says that the run is alive."""
+        self.watchdog.beat("sample")
+        return self.stop.received is not None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 products on fp32 weights where the device is fast at it, else nothing."""
@@ -103,7 +134,8 @@ def update(
         run.watchdog.beat("step")
         if micro_batch.row_N.numel():
             # Divided by the weight of the whole global batch: any split is the same.
-            share, found = _forward_backward(run, micro_batch, batch.supervised_weight, step)
+            with run.optimizer.at_step(step):
+                share, found = _forward_backward(run, micro_batch, batch.supervised_weight, step)
             loss, metrics = loss + share, metrics + found
     norm = run.optimizer.clip(train.clip_norm)
     is_good = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= highest_loss)

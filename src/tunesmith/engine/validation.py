@@ -10,6 +10,7 @@ from tunesmith.engine.oom import TooLargeError, free_memory
 from tunesmith.engine.state import TrainState
 from tunesmith.engine.step import Run, evaluate_loss
 from tunesmith.errors import OutOfMemoryError
+from tunesmith.objectives.base import figures
 from tunesmith.types import Json
 
 MOST_PLACES = 8
@@ -39,37 +40,42 @@ def evaluation_is_due(run: Run, state: TrainState, *, is_last: bool) -> bool:
 def evaluate(run: Run, state: TrainState) -> None:
     """Runs validation, in smaller batches if memory runs out; nothing if a signal comes."""
     started = time.perf_counter()
-    loss = _measure(run, state)
-    while isinstance(loss, TooLargeError):
-        tokens = loss.batch.num_stored_tokens
-        if len(loss.batch.sample_N.unique()) < 2 and run.validation is not None:
-            raise too_large(run, run.validation, loss)
+    found = _measure(run, state)
+    while isinstance(found, TooLargeError):
+        tokens = found.batch.num_stored_tokens
+        if len(found.batch.sample_N.unique()) < 2 and run.validation is not None:
+            raise too_large(run, run.validation, found)
         state.validation_tokens = max(1, min(tokens, state.validation_tokens or tokens) // 2)
         free_memory(run.device)
         message = (
             f"out of memory at {tokens:,} tokens of validation at once: half of it from now on"
         )
         run.events.emit("warning", state.step, {"message": message})
-        loss = _measure(run, state)
-    if loss is None:
+        found = _measure(run, state)
+    if found is None:
         return
-    loss, *metrics = loss
-    is_best = state.record_evaluation(loss)
-    facts: dict[str, Json] = {"loss": loss, "best": is_best}
-    facts |= dict(zip(run.objective.metric_names, metrics, strict=True))
+    is_best = state.record_evaluation(found["loss"])
+    facts: dict[str, Json] = {"loss": found["loss"], "best": is_best, **found}
     facts["seconds"] = round(time.perf_counter() - started, 2)
     run.events.emit("evaluation", state.step, facts)
 
 
-def _measure(run: Run, state: TrainState) -> list[float] | TooLargeError | None:
+def _measure(run: Run, state: TrainState) -> dict[str, float] | TooLargeError | None:
+    """The loss and the objective's figures; None without anything held out, or if stopped."""
     if run.validation is None:
         return None
+    if run.rollouts is not None:
+        return run.rollouts.measure(state.step, run.is_stopped)
     tokens = state.validation_tokens or loader_of(run, state).micro_batch_tokens
     held_out = replace(run.validation, micro_batch_tokens=tokens)
     try:
-        return evaluate_loss(run, held_out.all_batches(), lambda: run.stop.received is not None)
+        found = evaluate_loss(run, held_out.all_batches(), lambda: run.stop.received is not None)
     except TooLargeError as problem:
         return problem.with_traceback(None)
+    if found is None:
+        return None
+    loss, *metrics = found
+    return {"loss": loss, **figures(run.objective, metrics)}
 
 
 def stops_early(run: Run, state: TrainState) -> bool:

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from tunesmith.config.load import recipe_from
-from tunesmith.config.recipe import ModelConfig
+from tunesmith.config.recipe import ModelConfig, Recipe
 from tunesmith.errors import ModelError
 from tunesmith.model.device import find_device
 from tunesmith.model.load import (
@@ -22,6 +22,7 @@ from tunesmith.model.load import (
     load_tokenizer,
 )
 from tunesmith.model.load_adapter import base_of, find_adapter, load_adapter
+from tunesmith.model.vocabulary import make_room
 from tunesmith.types import Reporter, Tokenizer
 
 
@@ -38,9 +39,14 @@ class ChatModel:
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the tokenizer's EOS and the model's own list."""
-        own = self.model.generation_config.eos_token_id
-        ids = own if isinstance(own, list) else [own]
-        return sorted({int(i) for i in (*ids, self.tokenizer.eos_token_id) if i is not None})
+        return stop_ids(self.model, self.tokenizer)
+
+
+def stop_ids(model: Any, tokenizer: Tokenizer) -> list[int]:
+    """Tokens that end an answer: the tokenizer's EOS and the model's own list."""
+    own = model.generation_config.eos_token_id
+    ids = own if isinstance(own, list) else [own]
+    return sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None})
 
 
 def open_chat_model(target: str, reporter: Reporter) -> ChatModel:
@@ -53,6 +59,20 @@ def open_chat_model(target: str, reporter: Reporter) -> ChatModel:
     Raises:
         ModelError: there is nothing to load (`model.*`); a run that has no result yet
             (`model.unfinished-run`).
+    """
+    path, recipe = find_result(target)
+    with reporter.waiting(f"Loading {target}"):
+        chat = _open(path, target, reporter, recipe.model if recipe else None)
+    if recipe is not None:
+        chat = replace(chat, template_arguments=recipe.data.template_arguments)
+    return chat
+
+
+def find_result(target: str) -> tuple[Path, Recipe | None]:
+    """The result of a run directory with the run's recipe; what else is named, as it is.
+
+    Raises:
+        ModelError: the run has no result yet (`model.unfinished-run`).
     """
     path = Path(target).expanduser()
     recipe_file, recipe = path / "recipe.resolved.yaml", None
@@ -68,11 +88,7 @@ def open_chat_model(target: str, reporter: Reporter) -> ChatModel:
                 f"{path.parent / 'checkpoints'}",
             )
         recipe = recipe_from(yaml.safe_load(recipe_file.read_text(encoding="utf-8")))
-    with reporter.waiting(f"Loading {target}"):
-        chat = _open(path, target, reporter, recipe.model if recipe else None)
-    if recipe is not None:
-        chat = replace(chat, template_arguments=recipe.data.template_arguments)
-    return chat
+    return path, recipe
 
 
 def _open(
@@ -98,10 +114,11 @@ def _open_adapter(
     if trained is not None and trained.quantize != "none":
         # The same bits again: those of bfloat16 weights differ from those of float32 ones.
         how = {"quantize": trained.quantize, "dtype": trained.dtype}
-    model = load_adapter(load_model(base, **how), path, label)
     has_tokenizer = (path / "tokenizer.json").exists()
     tokenizer = load_tokenizer(ModelSource(label, str(path)) if has_tokenizer else base)
-    return _ready(model, tokenizer, label)
+    model = load_model(base, **how)
+    make_room(model, len(tokenizer.get_vocab()))
+    return _ready(load_adapter(model, path, label), tokenizer, label)
 
 
 def _ready(model: Any, tokenizer: Tokenizer, label: str) -> ChatModel:

@@ -22,6 +22,7 @@ from tunesmith.config.method import (
 from tunesmith.errors import RecipeError
 from tunesmith.io.headers import check_safetensors
 from tunesmith.model.embeddings import install_prompt
+from tunesmith.model.heads import has_scores, write_head
 from tunesmith.model.layers import decoder_of, layer_list, names_of_lower_layers, parts_above
 from tunesmith.model.low_rank import (
     Changes,
@@ -37,6 +38,12 @@ from tunesmith.model.peft_config import (
     lora_config,
     refused_by_peft,
     target_error,
+)
+from tunesmith.model.vocabulary import (
+    prepare_token_rows,
+    saves_rows_alone,
+    target_token_layers,
+    token_layers,
 )
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -71,7 +78,11 @@ def attach(
     if isinstance(method, FreezeConfig):
         return _freeze(model, method)
     if isinstance(method, AdapterConfig):
-        wrapped = _wrap(model, adapter_config(method), method.kind, revision)
+        config = adapter_config(method)
+        if method.kind == "TRAINABLE_TOKENS":
+            target_token_layers(model, config)
+        wrapped = _wrap(model, config, method.kind, revision)
+        prepare_token_rows(wrapped)
         if not sum(parameter.numel() for _, parameter in trainable_parameters(wrapped)):
             raise refused_by_peft(method.kind, ValueError("nothing is trained with these settings"))
         if method.is_prompt:
@@ -95,7 +106,9 @@ def _freeze(model: Any, method: FreezeConfig) -> Any:
         trained.append(model.get_input_embeddings())
     if method.norm:
         trained += parts_above(decoder)
-    if method.head:
+    if has_scores(model):
+        trained.append(model.score)
+    elif method.head:
         head = model.get_output_embeddings()
         if head.weight is model.get_input_embeddings().weight and not method.embeddings:
             raise RecipeError(
@@ -142,7 +155,15 @@ def _adapt(model: Any, method: LoraConfig, revision: str | None) -> Any:
     check_modules(model, method.train_modules)
     try:
         wrapped = _wrap(
-            model, lora_config(method, lower, is_tied=_trains_tied(model, method)), "LoRA", revision
+            model,
+            lora_config(
+                method,
+                lower,
+                is_tied=_trains_tied(model, method),
+                tokens=token_layers(model, method),
+            ),
+            "LoRA",
+            revision,
         )
     except RecipeError as error:
         cause = error.__cause__
@@ -154,6 +175,7 @@ def _adapt(model: Any, method: LoraConfig, revision: str | None) -> Any:
         # copies of every activation for nothing. Without the first, the numbers are the same.
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
+    prepare_token_rows(wrapped)
     return wrapped
 
 
@@ -170,10 +192,17 @@ def _trains_tied(model: Any, method: LoraConfig) -> bool:
 def _wrap(model: Any, config: Any, kind: str, revision: str | None) -> Any:
     from peft import get_peft_model
 
+    if has_scores(model):
+        config.task_type = "SEQ_CLS"
     try:
-        return get_peft_model(model, config, revision=revision)
+        wrapped = get_peft_model(model, config, revision=revision)
     except (ValueError, TypeError, KeyError, NotImplementedError, re.error) as error:
         raise refused_by_peft(kind, error) from error
+    if has_scores(model) and hasattr(config, "modules_to_save"):
+        # PEFT adds its two names of such heads to the list, of which this model has one.
+        names = dict.fromkeys([*config.modules_to_save, "score"])
+        config.modules_to_save = [name for name in names if name != "classifier"]
+    return wrapped
 
 
 def trainable_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
@@ -242,10 +271,14 @@ def save_weights(
         folder: where to.
         state: weights to write in place of the model's own.
     """
+    if hasattr(model, "peft_config") and has_scores(model):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_head(model, folder)
     if changes_of(model):
         save_as_one(model, folder)
         return
-    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+    how = saves_rows_alone(model) | ({} if state is None else {"state_dict": state})
+    model.save_pretrained(folder, **how)
     card = folder / "README.md"
     card.unlink(missing_ok=True)  # PEFT's card is a form to fill in; ours comes with the export
 

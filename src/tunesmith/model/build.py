@@ -10,19 +10,23 @@ import torch
 
 from tunesmith.config.auto import number
 from tunesmith.config.budget import Level
+from tunesmith.config.policy import SamplingConfig
 from tunesmith.config.recipe import Recipe
 from tunesmith.io.cache import cache_folder
 from tunesmith.model.adapters import attach, trainable_parameters
 from tunesmith.model.embeddings import install_noise
+from tunesmith.model.eva import learn_directions
 from tunesmith.model.fast_path import fast_layers, make_fast, set_levels
+from tunesmith.model.heads import draw_head, has_scores, scores_of
 from tunesmith.model.layers import first_trainable_layer
 from tunesmith.model.load import PACKED_ATTENTION, ModelSource, load_model
+from tunesmith.model.loftq import make_up_for_rounding
 from tunesmith.model.memory import StepBytes, measure_step, probe_batch
 from tunesmith.model.packing import check_packing
 from tunesmith.model.start import continue_start, merged_start
 from tunesmith.model.trunk import CachedTrunk, open_trunk
 from tunesmith.ops.kernels import are_fused, fuse_kernels
-from tunesmith.types import PackedBatch
+from tunesmith.types import GlobalBatch, PackedBatch
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class BuiltModel:
         """Memory of a small forward and backward; leaves no gradients.
 
         Args:
-            step: of the objective; its result has a `loss_sum`.
+            step: of the objective; its result has a `loss_sum`. A model of scores takes their sum.
             num_tokens: of the batch.
         """
         device = self.parameters[0][1].device
@@ -57,7 +61,11 @@ class BuiltModel:
 
         def loss_of(num_tokens: int) -> torch.Tensor:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                return step(self.model, probe_batch(num_tokens, device)).loss_sum
+                batch = probe_batch(num_tokens, device)
+                if has_scores(self.model):
+                    place = (batch.ids_T, batch.position_T, batch.segments, batch.last_S)
+                    return scores_of(self.model, *place).sum()
+                return step(self.model, batch).loss_sum
 
         # Dynamo gives up for good on what it first meets under a dispatch mode, which counts here.
         is_fused = are_fused()
@@ -87,6 +95,7 @@ def build_model(
     *,
     num_tokens: int,
     seed: Callable[[], None],
+    batch_of: Callable[[int], GlobalBatch] | None = None,
 ) -> BuiltModel:
     """Loads weights, attaches what is trained, and installs the fast forwards.
 
@@ -99,6 +108,8 @@ def build_model(
         device: where it will be.
         num_tokens: of all sequences, for the room that a cached trunk takes.
         seed: seeds the drawing of new weights.
+        batch_of: the run's batch of a step, for first values that follow the data; None where a
+            checkpoint has the weights.
     """
     dtype, train, notes = recipe.model.dtype, recipe.train, list[str]()
     base = load_model(
@@ -106,13 +117,22 @@ def build_model(
     )
     check_packing(base, source.label)
     model = _prepare(base, source, recipe, seed).to(device)
+    init = getattr(recipe.method, "init", "default")
+    if init == "loftq":
+        make_up_for_rounding(model, source)
+    elif init == "eva" and batch_of is not None:
+        learn_directions(model, batch_of, device)
     fuse_kernels(is_on=train.compile == "kernels")
     notes.append(make_fast(model))
     autocast_dtype = None
     if dtype == "bfloat16" and not fast_layers(model):
         autocast_dtype = torch.bfloat16  # float32 adapters between bfloat16 weights
     # Noise comes before the lowest layer: what leaves the frozen ones is never the same again.
-    is_fixed = train.neftune_alpha is None and first_trainable_layer(model) > 0
+    # Sampled answers never come again.
+    samples_answers = isinstance(recipe.objective, SamplingConfig)
+    is_fixed = (
+        train.neftune_alpha is None and not samples_answers and first_trainable_layer(model) > 0
+    )
     trunk, wants_trunk = None, number(train.epochs) > 1 and is_fixed
     if wants_trunk:
         trunk = open_trunk(
@@ -135,6 +155,7 @@ def _prepare(base: Any, source: ModelSource, recipe: Recipe, seed: Callable[[], 
     if goes_on and recipe.model.merge_adapter:
         base, merged = merged_start(base, source)
     seed()
+    draw_head(base)
     model = attach(base, recipe.method, source.revision, merged=merged)
     if goes_on and not recipe.model.merge_adapter:
         continue_start(model, source)

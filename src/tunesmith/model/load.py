@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,16 @@ from tunesmith.io.snapshot import HubRepository, explain
 from tunesmith.model.builtin import PREFIX, find_builtin
 from tunesmith.model.fetch import fetch_model, list_files
 from tunesmith.model.gguf import convert_gguf
+from tunesmith.model.heads import Head, check_head, put_head
 from tunesmith.model.quantize import check_quantized, keep_layout, quantization_arguments
+from tunesmith.model.vocabulary import (
+    NOTHING_NEW,
+    NewTokens,
+    extend_config,
+    extend_embeddings,
+    extend_tokenizer,
+    new_tokens_of,
+)
 from tunesmith.ops.attention import attend
 from tunesmith.ops.memory_errors import is_out_of_memory
 from tunesmith.types import Reporter, Tokenizer
@@ -41,13 +50,16 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 class ModelSource:
     """Where a model's files are: a folder on disk, or a hub id with its revision.
 
-    `adapter` is the folder of an adapter to go on from, if there is one.
+    `adapter` is the folder of an adapter to go on from, if there is one; `head` what takes the
+    place of the vocabulary's logits, None if nothing does; `new_tokens` what its vocabulary gets.
     """
 
     label: str
     path: str
     revision: str | None = None
     adapter: str | None = None
+    head: Head | None = None
+    new_tokens: NewTokens = NOTHING_NEW
 
     @property
     def is_local(self) -> bool:
@@ -70,6 +82,8 @@ def loading_errors() -> tuple[type[Exception], ...]:
 def find_model(model: ModelConfig, reporter: Reporter, folder: Path | None = None) -> ModelSource:
     """Finds a model, converting GGUF on first use; no weights are loaded.
 
+    Its tokenizer, configuration and weights will come with the recipe's new tokens.
+
     Args:
         model: the recipe's model.
         reporter: told about a conversion.
@@ -78,6 +92,10 @@ def find_model(model: ModelConfig, reporter: Reporter, folder: Path | None = Non
     Raises:
         ModelError: nothing usable is there (`model.*`).
     """
+    return replace(_find(model, reporter, folder), new_tokens=new_tokens_of(model))
+
+
+def _find(model: ModelConfig, reporter: Reporter, folder: Path | None) -> ModelSource:
     if model.id.startswith(PREFIX):
         return ModelSource(model.id, str(convert_gguf(find_builtin(model.id), reporter)))
     for base in (folder, Path()):
@@ -199,6 +217,7 @@ def load_tokenizer(source: ModelSource) -> Tokenizer:
             found="a tokenizer without an EOS token",
             expected="eos_token in tokenizer_config.json: it teaches the model where to stop",
         )
+    extend_tokenizer(tokenizer, source.new_tokens)
     return tokenizer
 
 
@@ -211,7 +230,10 @@ def load_config(source: ModelSource) -> Any:
     """
     folder = fetched(source, "model.no-config", "a model configuration")
     with model_view(folder, source.label, with_weights=False) as view:
-        return _config(source, view)
+        config = _config(source, view)
+    if source.new_tokens:
+        extend_config(config, source.new_tokens, load_tokenizer(source))
+    return config
 
 
 def _config(source: ModelSource, view: Path) -> Any:
@@ -267,7 +289,10 @@ def _sampled_hash(file: Path) -> str:
 def load_model(
     source: ModelSource, *, dtype: str = "auto", attention: str = "sdpa", quantize: str = "none"
 ) -> Any:
-    """Loads a causal language model's weights onto the CPU, in eval mode.
+    """Loads a model's weights onto the CPU, in eval mode.
+
+    It is a causal language model, or with a `source.head` one of scores; a head that the files do
+    not have is zero until `draw_head`.
 
     Args:
         source: from `find_model`.
@@ -277,50 +302,64 @@ def load_model(
             accelerator if there is one.
 
     Raises:
-        ModelError: the files cannot be read as a causal language model (`model.unreadable`), or
-            not be quantized.
+        ModelError: the files cannot be read as such a model (`model.unreadable`), have another
+            head (`model.head`), or cannot be quantized.
     """
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface
 
     # A name that has no mask function: transformers then builds no mask (masking_utils.py).
     AttentionInterface.register(PACKED_ATTENTION, attend)
     is_plain = quantize == "none"
-    folder = fetched(source, "model.unreadable", "a causal language model", with_weights=True)
+    what = "a causal language model" if source.head is None else "a model to classify with"
+    folder = fetched(source, "model.unreadable", what, with_weights=True)
     with model_view(folder, source.label, with_weights=True) as view:
         config = _config(source, view)
         how = {} if is_plain else quantization_arguments(source.label, config, dtype)
+        if source.head is not None:
+            put_head(config, source.head, source.label)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, info = model_class(source.head).from_pretrained(
                 view,
                 config=config,
                 dtype=dtype,
                 attn_implementation=attention,
                 trust_remote_code=False,
                 use_safetensors=True,
+                output_loading_info=True,
                 **how,
             )
         except loading_errors() as error:
             if is_out_of_memory(error):
                 raise
-            reason = (source, error, "model.unreadable", "a causal language model")
-            raise _load_error(*reason) from error
+            raise _load_error(source, error, "model.unreadable", what) from error
+    if source.head is not None:
+        check_head(model, info["missing_keys"], source.label)
     # Adapters and results say what they were made of: by its own name, not by that of the view.
     model.name_or_path = model.config.name_or_path = source.path
     if not is_plain:
         check_quantized(model, source.label)
     keep_layout(model)
+    if source.new_tokens:
+        extend_embeddings(model, source.new_tokens, load_tokenizer(source))
     return model
 
 
-def random_model(config: Any, *, is_bf16: bool) -> Any:
+def model_class(head: Head | None) -> Any:
+    """Transformers' class that finds a language model's own, or that of one with scores."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+
+
+def random_model(config: Any, *, is_bf16: bool, head: Head | None = None) -> Any:
     """A model with random weights that takes packed batches, for timing and tests."""
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED_ATTENTION, attend)
     dtype = torch.bfloat16 if is_bf16 else torch.float32
-    return AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=PACKED_ATTENTION
-    )
+    if head is not None:
+        put_head(config, head, type(config).__name__)
+    return model_class(head).from_config(config, dtype=dtype, attn_implementation=PACKED_ATTENTION)
 
 
 class _BareErrors:

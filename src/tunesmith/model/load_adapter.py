@@ -7,7 +7,9 @@ from typing import Any
 
 from tunesmith.config.recipe import ModelConfig
 from tunesmith.errors import ModelError
+from tunesmith.io.manifest import file_sha256
 from tunesmith.io.safeload import ADAPTER_CONFIG, adapter_settings, adapter_view, adapter_weights
+from tunesmith.model.heads import has_scores
 from tunesmith.model.load import ModelSource, fetched, loading_errors
 from tunesmith.ops.memory_errors import is_out_of_memory
 
@@ -22,6 +24,12 @@ def find_adapter(source: ModelSource) -> Path | None:
     if (folder / "config.json").exists() or not (folder / ADAPTER_CONFIG).exists():
         return None
     return fetched(source, "model.missing", "the weights of an adapter", with_weights=True)
+
+
+def adapter_fingerprints(folder: str | None, label: str = "model.adapter") -> dict[str, str]:
+    """Hashes of an adapter's files, by names that a person knows; nothing for no adapter."""
+    files = sorted(Path(folder).glob("adapter_*")) if folder else []
+    return {f"{label}: {file.name}": file_sha256(file) for file in files}
 
 
 def base_of(folder: Path, label: str) -> ModelConfig:
@@ -43,11 +51,9 @@ def load_adapter(base: Any, folder: Path, label: str) -> Any:
         ModelError: it does not fit the base model (`model.bad-adapter`), or its weights are pickled
             or damaged (`model.pickle`, `model.bad-safetensors`).
     """
-    from peft import PeftModel
-
     with adapter_view(folder, label) as view:
         try:
-            return PeftModel.from_pretrained(base, view)
+            return _put_on(base, view)
         except loading_errors() as error:
             if is_out_of_memory(error):
                 raise
@@ -57,3 +63,13 @@ def load_adapter(base: Any, folder: Path, label: str) -> Any:
                 found=(str(error).strip() or type(error).__name__).splitlines()[0][:300],
                 expected=f"a LoRA adapter for {base.name_or_path}",
             ) from error
+
+
+def _put_on(base: Any, view: Path) -> Any:
+    """The adapted model; an adapter of a language model also goes on one of scores."""
+    from peft import PeftConfig, PeftModel
+
+    config: Any = PeftConfig.from_pretrained(str(view))
+    if has_scores(base) and config.task_type != "SEQ_CLS":
+        config.task_type = None  # else PEFT looks for a language model's methods, or for a head
+    return PeftModel.from_pretrained(base, view, config=config)

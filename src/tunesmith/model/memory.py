@@ -24,9 +24,11 @@ from tunesmith.config.recipe import Recipe
 from tunesmith.errors import ModelError
 from tunesmith.model.adapters import attach, trainable_parameters
 from tunesmith.model.fast_layer import UnsuitableError, describe_layer
+from tunesmith.model.heads import Head
 from tunesmith.model.layers import decoder_of, first_trainable_layer, layer_list
+from tunesmith.model.load import model_class
+from tunesmith.model.optimizer_bytes import Trained, optimizer_bytes, trained_of
 from tunesmith.ops.linear_logp import BLOCK_BYTES, CHUNK_BYTES
-from tunesmith.ops.optim import bytes_per_parameter
 from tunesmith.types import PackedBatch, Segments
 
 NF4_BYTES = 0.52
@@ -75,20 +77,27 @@ class Sizes:
     adapter_ranks: int
     trained_layers: int
     is_known: bool
+    trained: Trained = ()
+    """Name and shape of each parameter that is trained."""
+    has_scores: bool = False
+    """A few scores stand in the place of the vocabulary's logits."""
 
 
-def measure_config(config: Any, method: Method) -> Sizes:
+def measure_config(config: Any, method: Method, head: Head | None = None) -> Sizes:
     """Counts a model's parameters, and those that a method trains, without making them.
+
+    Args:
+        config: of the model.
+        method: of the recipe.
+        head: what takes the place of the vocabulary's logits, with any labels.
 
     Raises:
         ModelError: it is no causal language model (`model.unreadable`).
         RecipeError: the method's target names no layer.
     """
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(config)
+            model = model_class(head).from_config(config)
         except (ValueError, KeyError) as error:
             raise ModelError(
                 "model.unreadable",
@@ -120,6 +129,8 @@ def measure_config(config: Any, method: Method) -> Sizes:
         adapter_ranks=_ranks_per_layer(trained),
         trained_layers=num_layers - first_trainable_layer(trained),
         is_known=_is_known(trained),
+        trained=trained_of(trainable_parameters(trained)),
+        has_scores=head is not None,
     )
 
 
@@ -143,7 +154,10 @@ def estimate_needs(
     trains_head = is_full or (
         isinstance(recipe.method, FreezeConfig) and (recipe.method.head or recipe.method.embeddings)
     )
-    head_gradient = 4 * sizes.num_embeddings * sizes.hidden_size if trains_head else 0
+    # PEFT writes trained rows into a copy of the matrix, which gets a whole gradient.
+    trains_head |= isinstance(recipe.method, LoraConfig) and bool(recipe.method.train_tokens)
+    num_logits = 0 if sizes.has_scores else sizes.num_embeddings
+    head_gradient = 4 * num_logits * sizes.hidden_size if trains_head else 0
     hidden = sizes.hidden_size * width
     working = (4 * sizes.intermediate_size + 4 * sizes.hidden_size) * width
     layers: dict[Level, float] = dict(kept_per_token(sizes, width))
@@ -154,15 +168,15 @@ def estimate_needs(
         layers.pop("offload", None)  # the device's memory is the host's
     return Needs(
         weight_bytes=weights,
-        optimizer_bytes=round(sizes.num_trained * _optimizer_bytes(recipe, is_bf16=is_bf16)),
+        optimizer_bytes=_trained_bytes(sizes, recipe, is_bf16=is_bf16),
         other_bytes=used_bytes + RUNTIME_BYTES[device_kind],
         layers=layers,
         num_layers=sizes.trained_layers,
         # The last layer's output and its norm, the head's gradient; ids, positions and angles.
         rest=4 * hidden + 16 + 8 * sizes.key_size // max(1, sizes.key_size // 64),
         working=working,
-        head_bytes=4 * BLOCK_BYTES + head_gradient,
-        head_per_token=sizes.num_embeddings * width,
+        head_bytes=4 * BLOCK_BYTES * (num_logits > 0) + head_gradient,
+        head_per_token=num_logits * width,
         head_most=CHUNK_BYTES,
         holes=0.0 if device_kind == "cuda" else HOLES,
     )
@@ -338,12 +352,13 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
 
 
-def _optimizer_bytes(recipe: Recipe, *, is_bf16: bool) -> float:
-    """Of a trained parameter: gradient, moments, a master copy; an adapter itself, in fp32."""
-    optimizer = recipe.train.optimizer
+def _trained_bytes(sizes: Sizes, recipe: Recipe, *, is_bf16: bool) -> int:
+    """Of the optimizer, and of adapters, in fp32, themselves."""
     is_adapter = isinstance(recipe.method, LoraConfig | AdapterConfig)
-    return 4 * is_adapter + bytes_per_parameter(
-        optimizer.states, is_bf16=is_bf16 and not is_adapter, keep_master=optimizer.keep_master
+    trained = sizes.trained or (("", (sizes.num_trained,)),)
+    is_bf16 = is_bf16 and not is_adapter
+    return 4 * is_adapter * sizes.num_trained + optimizer_bytes(
+        trained, recipe.train.optimizer, is_bf16=is_bf16
     )
 
 

@@ -24,20 +24,30 @@ MANAGED_FIELDS = frozenset(
 )
 """Fields that follow from the model, or name files or a tokenizer to load."""
 
+OWN_INITS = ("default", "loftq", "eva")
+"""First values that are PEFT's plain ones, or ours in their place: files tell of neither."""
 
-def lora_config(method: LoraConfig, exclude: str | None, *, is_tied: bool = False) -> Any:
+
+def lora_config(
+    method: LoraConfig,
+    exclude: str | None,
+    *,
+    is_tied: bool = False,
+    tokens: dict[str, list[int]] | None = None,
+) -> Any:
     """PEFT's `LoraConfig`.
 
     Args:
         method: resolved.
         exclude: a regular expression of modules that get no adapter.
         is_tied: embedding and head are one matrix that is trained whole, and stay one.
+        tokens: rows of the embedding and the head that are trained, by the layers' names.
     """
     from peft import LoraConfig as PeftLoraConfig
 
     if method.rank == "auto" or method.alpha == "auto":
         raise ValueError("resolve the recipe before attaching adapters")
-    init: Any = True if method.init == "default" else method.init
+    init: Any = True if method.init in OWN_INITS else method.init
     patterns: dict[str, Any] = {key: _whole(value) for key, value in method.alpha_pattern.items()}
     if method.init in MUTATING_INITS and method.rslora and (method.rank_pattern or patterns):
         # PEFT would warn that it cannot convert such an adapter; `low_rank.save_as_one` can.
@@ -59,6 +69,7 @@ def lora_config(method: LoraConfig, exclude: str | None, *, is_tied: bool = Fals
         alpha_pattern=patterns,
         modules_to_save=list(method.train_modules) or None,  # PEFT changes the list
         ensure_weight_tying=is_tied,
+        trainable_token_indices=tokens,
     )
 
 

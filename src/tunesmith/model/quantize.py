@@ -51,6 +51,17 @@ def check_method(recipe: Recipe) -> None:
         RecipeError: `recipe.quantize`, with both keys.
     """
     method = recipe.method
+    if (
+        isinstance(method, LoraConfig)
+        and method.init == "loftq"
+        and recipe.model.quantize == "none"
+    ):
+        raise RecipeError(
+            "recipe.quantize",
+            "method.init",
+            found="`init: loftq` with plain weights, which have no rounding to make up for",
+            expected="`model.quantize: nf4`, or another `init`",
+        )
     fits = isinstance(method, LoraConfig) and method.init not in MUTATING_INITS
     fits = fits or (isinstance(method, AdapterConfig) and method.is_prompt)
     if recipe.model.quantize != "none" and not fits:

@@ -9,6 +9,14 @@ from typing import Any
 import torch
 
 
+def begins_as_nothing(model: Any, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> bool:
+    """Whether a model has adapters that, before the first step, change nothing at all."""
+    # Some initializations move a part of the base into the adapter, and some kinds have no B.
+    b_matrices = [parameter for name, parameter in parameters if ".lora_B." in name]
+    are_zero = bool(b_matrices) and not any(bool(p.any()) for p in b_matrices)
+    return are_zero and hasattr(model, "disable_adapter")
+
+
 def open_reference(
     model: Any, parameters: Sequence[tuple[str, torch.nn.Parameter]]
 ) -> tuple[Callable[[], AbstractContextManager[object]], str]:
@@ -22,10 +30,7 @@ def open_reference(
         model: before its first step.
         parameters: what is trained.
     """
-    # Some initializations move a part of the base into the adapter, and some kinds have no B.
-    b_matrices = [parameter for name, parameter in parameters if ".lora_B." in name]
-    begins_as_nothing = bool(b_matrices) and not any(bool(p.any()) for p in b_matrices)
-    if hasattr(model, "disable_adapter") and begins_as_nothing:
+    if begins_as_nothing(model, parameters):
         return model.disable_adapter, "the reference is the model with its adapters switched off"
     copies = [(parameter, parameter.detach().clone()) for _, parameter in parameters]
     num_bytes = sum(copy.nbytes for _, copy in copies)

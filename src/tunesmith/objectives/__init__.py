@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from tunesmith.objectives.base import Objective, StepResult
+from tunesmith.objectives.classify import ClassifyObjective
+from tunesmith.objectives.distill import DistillObjective
 from tunesmith.objectives.lm import SftObjective
+from tunesmith.objectives.policy import make_policy
 from tunesmith.objectives.preference import PreferenceObjective
 from tunesmith.objectives.preference_losses import PAIR_KINDS
 from tunesmith.objectives.rated import RatedObjective
+from tunesmith.objectives.reward import RewardObjective
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ PAIR_NAMES = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm"}
 OBJECTIVES: dict[str, Family] = {
     "sft": Family(SftObjective, ("Conversation", "Completion", "Text")),
     "pretrain": Family(SftObjective, ("Text",)),
+    "reward": Family(RewardObjective, ("Preference",), group_size=2),
+    "classify": Family(ClassifyObjective, ("Labeled",)),
+    "distill": Family(DistillObjective, ("Conversation", "Completion", "Text")),
     **{
         {loss: name for name, loss in PAIR_NAMES.items()}.get(kind, kind): Family(
             partial(PreferenceObjective, kind),
@@ -60,6 +67,14 @@ OBJECTIVES: dict[str, Family] = {
         group_size=1,
         needs_reference=True,
     ),
+    **{
+        name: Family(
+            partial(make_policy, name),
+            ("Conversation", "Completion"),
+            needs_reference=True,
+        )
+        for name in ("grpo", "dr_grpo", "dapo", "gspo", "rloo", "ppo")
+    },
 }
 
 __all__ = ["OBJECTIVES", "Family", "Objective", "StepResult"]

@@ -1,14 +1,14 @@
 """What an objective is; `objectives/__init__.py` lists them by name.
 
 A new objective is one file with a class, and one line in OBJECTIVES there. Those to come have their
-places here: pretrain (lm.py), reward (reward.py), dpo, kto, orpo, simpo (preference.py), ppo, grpo.
+places here: ppo, grpo.
 
 Shape letters: T tokens, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -72,6 +72,36 @@ class LooksAhead(Protocol):
     def prepared(self, found: Sequence[torch.Tensor]) -> Objective:
         """The objective of one step, from what was found in its micro-batches."""
         ...
+
+
+@runtime_checkable
+class Summarizes(Protocol):
+    """An objective whose figures are no means themselves, but come of some, such as an F1 score."""
+
+    def summarized(self, means: Sequence[float]) -> dict[str, float]:
+        """The figures to show, from the means of the metrics in their order."""
+        ...
+
+
+def figures(objective: Objective, means: Sequence[float]) -> dict[str, float]:
+    """What an objective's metrics come to, by name."""
+    if isinstance(objective, Summarizes):
+        return objective.summarized(means)
+    return dict(zip(objective.metric_names, means, strict=True))
+
+
+@runtime_checkable
+class BringsParameters(Protocol):
+    """An objective with weights of its own, which are trained with the model's."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """These weights."""
+        ...
+
+
+def own_parameters(objective: Objective) -> list[tuple[str, torch.nn.Parameter]]:
+    """What an objective trains besides the model."""
+    return list(objective.named_parameters()) if isinstance(objective, BringsParameters) else []
 
 
 class Trunk(Protocol):

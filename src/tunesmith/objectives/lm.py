@@ -1,12 +1,13 @@
 """Language-model objectives on packed batches.
 
-Shape letters: T tokens, H hidden size, N supervised rows, R rows of a chunk, V vocabulary.
+Shape letters: T tokens, H hidden size, N supervised rows, S sequences of a batch, R rows of a
+chunk, V vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -23,11 +24,14 @@ class SftObjective:
     Args:
         label_smoothing: share of each target's probability spread over the vocabulary.
         z_loss: weight of the squared log-normalizer (arXiv 2204.02311 §5).
+        variant: dft multiplies each token's loss by its own probability, taken as a constant
+            (arXiv 2508.05629 eq. 9); without the two above.
         trunk: another way through the decoder; None is the model's own.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    variant: Literal["plain", "dft"] = "plain"
     trunk: Trunk | None = None
     metric_names: tuple[str, ...] = ()
     group_size: int = 0
@@ -35,8 +39,12 @@ class SftObjective:
     def step(self, model: Any, batch: PackedBatch) -> StepResult:
         """`loss_sum = sum(weight * loss)`; a batch without supervised rows gives 0.
 
-        In eval mode the loss is the plain cross-entropy, without smoothing and z-loss.
+        In eval mode the loss is the plain cross-entropy, without smoothing, z-loss and dft.
         """
+        if self.variant == "dft" and model.training:
+            logp_N = supervised_logp(model, batch, self.trunk)
+            weight_N = batch.weight_N.to(logp_N.dtype) * logp_N.detach().exp()
+            return StepResult(loss_sum=-(weight_N * logp_N).sum())
         extra: dict[str, Any] = {}
         if model.training:
             extra = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
@@ -60,6 +68,12 @@ def supervised_logp(model: Any, batch: PackedBatch, trunk: Trunk | None = None) 
     if is_matrix(head):
         return linear_logp(hidden_NH, head.weight, batch.target_N, bias_V=head.bias, **form)
     return -head_losses(head, hidden_NH, batch.target_N, **form)
+
+
+def sequence_logp(model: Any, batch: PackedBatch, trunk: Trunk | None = None) -> torch.Tensor:
+    """Summed log-probability of each sequence's supervised tokens, `logp_S`."""
+    logp_N = supervised_logp(model, batch, trunk)
+    return logp_N.new_zeros(batch.last_S.numel()).index_add(0, batch.sequence_N, logp_N)
 
 
 def supervised_hidden(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tunesmith.objectives.base import StepResult, Trunk
-from tunesmith.objectives.lm import supervised_logp
+from tunesmith.objectives.lm import sequence_logp
 from tunesmith.objectives.preference_losses import PAIR_KINDS, pair_terms
 from tunesmith.types import PackedBatch
 
@@ -35,7 +35,8 @@ class PreferenceObjective:
         margin: SimPO's gamma.
         sft_weight: of the chosen answer's own loss; None is what the kind's paper adds.
         trunk: another way through the decoder.
-        reference: of the policy; None for losses that look at none.
+        reference: of the policy; None for losses that look at none, and where batches bring its
+            numbers (`reference_S`).
     """
 
     kind: str
@@ -60,12 +61,11 @@ class PreferenceObjective:
         """
         chosen_P, rejected_P = batch.group_GK.unbind(1)
         given: dict[str, torch.Tensor] = {}
-        if self.reference is not None:
-            # First, while nothing of the policy's own pass is kept.
-            with torch.no_grad(), self.reference():
-                ref_S = self._logp(model, batch)
+        # First, while nothing of the policy's own pass is kept.
+        ref_S = reference_logp(model, batch, self.reference, self.trunk)
+        logp_S = sequence_logp(model, batch, self.trunk)
+        if ref_S is not None:
             given = {"chosen_ref_P": ref_S[chosen_P], "rejected_ref_P": ref_S[rejected_P]}
-        logp_S = self._logp(model, batch)
         tokens_S = torch.zeros_like(logp_S).index_add(
             0, batch.sequence_N, torch.ones_like(batch.sequence_N, dtype=logp_S.dtype)
         )
@@ -92,11 +92,20 @@ class PreferenceObjective:
             },
         )
 
-    def _logp(self, model: Any, batch: PackedBatch) -> torch.Tensor:
-        """Summed log-probability of each sequence's answer, `logp_S`."""
-        logp_N = supervised_logp(model, batch, self.trunk)
-        zeros_S = logp_N.new_zeros(batch.group_GK.numel())
-        return zeros_S.index_add(0, batch.sequence_N, logp_N)
+
+def reference_logp(
+    model: Any, batch: PackedBatch, reference: Reference | None, trunk: Trunk | None
+) -> torch.Tensor | None:
+    """The reference's summed log-probability of each sequence, `ref_S`; None if there is none.
+
+    Numbers that a batch brings are taken, and save the forward.
+    """
+    if batch.reference_S is not None:
+        return batch.reference_S
+    if reference is None:
+        return None
+    with torch.no_grad(), reference():
+        return sequence_logp(model, batch, trunk)
 
 
 def needs_reference(kind: str) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from tunesmith.objectives.base import StepResult, Trunk
-from tunesmith.objectives.lm import supervised_logp
-from tunesmith.objectives.preference import Reference
+from tunesmith.objectives.lm import sequence_logp
+from tunesmith.objectives.preference import Reference, reference_logp
 from tunesmith.objectives.preference_losses import RatedKind, kto_kl, kto_terms
 from tunesmith.types import PackedBatch
 
@@ -125,13 +125,11 @@ class RatedObjective:
 
     def _reference_logp(self, model: Any, batch: PackedBatch) -> torch.Tensor:
         """`ref_S`, 0 without a reference."""
-        if self.reference is None:
-            return torch.zeros(batch.group_GK.numel(), device=batch.ids_T.device)
-        with torch.no_grad(), self.reference():
-            return self._logp(model, batch)
+        ref_S = reference_logp(model, batch, self.reference, self.trunk)
+        if ref_S is None:
+            return torch.zeros(batch.last_S.numel(), device=batch.ids_T.device)
+        return ref_S
 
     def _logp(self, model: Any, batch: PackedBatch) -> torch.Tensor:
         """Summed log-probability of each sequence's answer, `logp_S`."""
-        logp_N = supervised_logp(model, batch, self.trunk)
-        zeros_S = logp_N.new_zeros(batch.group_GK.numel())
-        return zeros_S.index_add(0, batch.sequence_N, logp_N)
+        return sequence_logp(model, batch, self.trunk)

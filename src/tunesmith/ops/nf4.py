@@ -105,5 +105,6 @@ def _nearest(
 ) -> torch.Tensor:
     """Number of the level next to each value over its block's magnitude, uint8."""
     # A product with the reciprocal, as in bitsandbytes: a division rounds otherwise now and then.
-    scaled_BN = values_BN * (1 / magnitude_B.clamp(min=1e-38))[:, None]
+    # No smaller bound: 1e-38 is a denormal number, 0 in threads that flush them.
+    scaled_BN = values_BN * (1 / magnitude_B.clamp(min=1e-30))[:, None]
     return torch.bucketize(scaled_BN, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)

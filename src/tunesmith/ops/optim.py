@@ -1,16 +1,8 @@
-"""AdamW on flat buffers: one update for all parameters, without asking the device for anything.
+"""Optimizers on flat buffers: an update of all parameters that asks the device for nothing.
 
-Gradients, moments and, where there are any, master copies of all parameters lie one after the other
-in one buffer each. float32 parameters are views of such a buffer themselves. What torch's own
-`AdamW(fused=True)` does to separate parameters, this does to the same bits: an elementwise update
-does not depend on how its elements are grouped. On CPU all but the last `numel % 16` elements of a
-parameter: torch computes those without vector instructions, which may round the last bit otherwise.
-
-    weights      states      kept for each parameter besides its weight        update
-    float32      float32     4 gradient, 8 moments                             torch's fused kernel
-    bfloat16     float32     4 gradient, 4 master, 8 moments                   torch's fused kernel
-    bfloat16     int8        4 gradient, 4 master, 2.03 moments                in parts
-    bfloat16     bfloat16    2 gradient, 4 moments, no master                  in parts
+Gradients and, where there are any, master copies of all parameters lie one after the other in one
+buffer each. float32 parameters are views of such a buffer themselves. Parameters that are updated
+alike are a group; its `Rule` (ops/rules/) changes its weights and keeps what it remembers.
 
 Shape letters: F numbers in a flat buffer, P in a part of it.
 """
@@ -18,15 +10,18 @@ Shape letters: F numbers in a flat buffer, P in a part of it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from typing import Protocol
 
 import torch
-from torch.optim.adamw import adamw
+from torch.utils.hooks import RemovableHandle
 
-from tunesmith.ops.optim_states import BLOCK, Moment, PlainMoment, StateKind, new_moment, store
+from tunesmith.ops.optim_states import BLOCK, store
 
 PART_CPU, PART = 2**16, 2**24
 """Numbers updated at once where wide temporaries are needed: 256 KiB of float32 each on CPU, which
@@ -35,28 +30,68 @@ stays in its cache, 64 MiB elsewhere, which keep an accelerator busy."""
 NamedParameter = tuple[str, torch.nn.Parameter]
 
 
-@dataclass(frozen=True)
-class AdamWSettings:
-    """What defines the update (arXiv 1711.05101, algorithm 2).
+class Optimizer(Protocol):
+    """What the engine wants of an optimizer.
 
-    Args:
-        weight_decay: of matrices; vectors do not decay.
-        beta1: memory of the first moment.
-        beta2: memory of the second moment.
-        epsilon: added to the root of the second moment.
-        states: numbers in which the moments are kept.
-        keep_master: bfloat16 weights have a float32 copy that is updated in their place and rounded
-            into them; without it they are updated themselves. Both round stochastically.
-        seed: of stochastic rounding, together with the number of the update.
+    A step with bad numbers changes nothing but the count of updates: the device decides that by
+    itself, and the host may find out later. `is_updating` is set by `step`; who has counted the
+    step takes it back.
     """
 
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    states: StateKind = "float32"
-    keep_master: bool = True
-    seed: int = 0
+    is_updating: bool
+
+    def at_step(self, step: int) -> AbstractContextManager[None]:
+        """Around forward and backward of a step, counted from 0: trained is what it updates."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Sets all gradients to 0 in place."""
+        ...
+
+    def clip(self, limit: float | None) -> torch.Tensor:
+        """Scales gradients to a norm of at most `limit`; returns their norm before, a scalar."""
+        ...
+
+    def step(self, learning_rate: float, is_good: torch.Tensor) -> None:
+        """Updates all parameters, unless `is_good`, a boolean scalar on the device, is false."""
+        ...
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that a restart needs, by name."""
+        ...
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what `tensors` gave; ValueError if it does not fit."""
+        ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a rule is told of an update.
+
+    Args:
+        number: counted from 1.
+        learning_rate: of this group.
+        is_kept: a boolean scalar on the device; if true, weights and states must stay as they are.
+        generator: of stochastic rounding.
+    """
+
+    number: int
+    learning_rate: float
+    is_kept: torch.Tensor
+    generator: torch.Generator
+
+
+class Rule(Protocol):
+    """How the weights of one group are updated, and what is remembered for it."""
+
+    def step(self, group: FlatGroup, update: Update) -> None:
+        """Updates `group.weights_F` from `group.gradient_F`."""
+        ...
+
+    def tensors(self, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is remembered, as `<parameter>.<field>` and a view that can be written to."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -74,58 +109,65 @@ class Layout:
         for name, parameter, start in zip(self.names, self.parameters, self.starts, strict=True):
             yield name, parameter, slice(start, start + parameter.numel())
 
+    @property
+    def device(self) -> torch.device:
+        """Of all parameters."""
+        return self.parameters[0].device
+
     def views(self, flat_F: torch.Tensor) -> list[torch.Tensor]:
         """A flat buffer as one tensor for each parameter, of its shape."""
         return [flat_F[place].view(parameter.shape) for _, parameter, place in self.parts]
 
 
+NewRule = Callable[[Layout], Rule]
+
+
 @dataclass
 class FlatGroup:
-    """Parameters of one type that decay alike and learn as fast, and their flat buffers.
+    """Parameters of one type that are updated alike and learn as fast, and their flat buffers.
 
     `weights_F` is the parameters' own memory, or their float32 master copy where `has_master`.
     `gradient_views` is what the parameters' `.grad` must be; it is empty with a master copy, whose
-    gradients are added up by hooks.
+    gradients are added up by `hooks`.
     """
 
     layout: Layout
     weight_decay: float
     weights_F: torch.Tensor
     gradient_F: torch.Tensor
-    first: Moment
-    second: Moment
+    rule: Rule
     has_master: bool
     gradient_views: list[torch.Tensor]
+    hooks: list[RemovableHandle]
     rate_factor: float = 1.0
     """On the learning rate."""
 
     @property
-    def is_fused(self) -> bool:
-        """Whether torch's kernel can do it: it wants all numbers of one type."""
-        moments = (self.first, self.second)
-        buffers = [moment.values for moment in moments if isinstance(moment, PlainMoment)]
-        return len(buffers) == 2 and all(
-            buffer.dtype == torch.float32 for buffer in (self.weights_F, *buffers)
-        )
+    def slices(self) -> Iterator[slice]:
+        """The buffers in pieces that are worked on at once."""
+        most = part_size(self.gradient_F.device)
+        for start in range(0, self.layout.size, most):
+            yield slice(start, min(start + most, self.layout.size))
 
 
-class FlatAdamW:
-    """AdamW over flat groups; made by `build_flat_adamw`.
+class FlatOptimizer:
+    """An `Optimizer` over flat groups; made by `build_flat`.
 
-    A step with bad numbers changes nothing but the count of updates: the device decides that by
-    itself, and the host may find out later. A step sets `is_updating`; who has counted the step
-    takes it back. Not covered: gradients set to None from outside while
-    the parameters are views, which `step` refuses.
+    Not covered: gradients set to None from outside while the parameters are views, which `step`
+    refuses.
     """
 
-    def __init__(self, groups: Sequence[FlatGroup], settings: AdamWSettings) -> None:
+    def __init__(self, groups: Sequence[FlatGroup], seed: int) -> None:
         self.groups = list(groups)
-        self.settings = settings
+        self.seed = seed
         self.num_updates = 0
         self.is_updating = False
-        device = self.groups[0].gradient_F.device
-        self._is_skipped = torch.zeros((), device=device)
-        self._generator = torch.Generator(device)
+        self._generator = torch.Generator(self.groups[0].gradient_F.device)
+
+    @contextmanager
+    def at_step(self, step: int) -> Generator[None]:
+        """Nothing to do: every step updates all parameters."""
+        yield
 
     def zero_grad(self) -> None:
         """Sets all gradients to 0 in place."""
@@ -160,65 +202,23 @@ class FlatAdamW:
         """
         self.is_updating = True
         self.num_updates += 1
-        self._is_skipped.copy_(~is_good)
-        self._generator.manual_seed(_seed_of_update(self.settings.seed, self.num_updates))
+        is_kept = ~is_good
+        self._generator.manual_seed(seed_from("rounding", self.seed, self.num_updates))
         for group in self.groups:
             _check_gradients(group)
             rate = learning_rate * group.rate_factor
-            if group.is_fused:
-                self._step_fused(group, rate)
-            else:
-                self._step_in_parts(group, rate)
+            group.rule.step(group, Update(self.num_updates, rate, is_kept, self._generator))
             if group.has_master:
-                self._publish(group)
+                self._publish(group, is_kept)
 
-    def _step_fused(self, group: FlatGroup, learning_rate: float) -> None:
-        settings, whole = self.settings, slice(None)
-        adamw(
-            [group.weights_F],
-            [group.gradient_F],
-            [group.first.tensors(whole)[""]],
-            [group.second.tensors(whole)[""]],
-            [],
-            # The kernel counts this one up itself.
-            [torch.full_like(self._is_skipped, self.num_updates - 1)],
-            fused=True,
-            found_inf=self._is_skipped,
-            amsgrad=False,
-            beta1=settings.beta1,
-            beta2=settings.beta2,
-            lr=learning_rate,
-            weight_decay=group.weight_decay,
-            eps=settings.epsilon,
-            maximize=False,
-        )
-
-    def _step_in_parts(self, group: FlatGroup, learning_rate: float) -> None:
-        is_kept = self._is_skipped > 0
-        most = part_size(is_kept.device)
-        for start in range(0, group.layout.size, most):
-            part = slice(start, min(start + most, group.layout.size))
-            weights_P, first_P, second_P = adamw_update(
-                group.weights_F[part].float(),
-                group.gradient_F[part].float(),
-                (group.first.read(part), group.second.read(part)),
-                self.settings,
-                learning_rate=learning_rate,
-                weight_decay=group.weight_decay,
-                num_updates=self.num_updates,
-            )
-            group.first.write(part, first_P, is_kept, self._generator)
-            group.second.write(part, second_P, is_kept, self._generator)
-            store(group.weights_F[part], weights_P, is_kept, self._generator)
-
-    def _publish(self, group: FlatGroup) -> None:
+    def _publish(self, group: FlatGroup, is_kept: torch.Tensor) -> None:
         """Rounds the masters into the weights, stochastically.
 
         To nearest, updates far below the step between two bfloat16 numbers would not be seen by
         the model for many steps: pretrained weights lie on that grid. SmolLM2-135M, all weights,
         rate 2e-5, loss 4.24 before: after one update 3.11 in float32, 3.15 so, 4.13 to nearest.
         """
-        is_kept, most = self._is_skipped > 0, part_size(self._is_skipped.device)
+        most = part_size(is_kept.device)
         for _, parameter, place in group.layout.parts:
             targets = parameter.detach().view(-1).split(most)
             for target_P, master_P in zip(targets, group.weights_F[place].split(most), strict=True):
@@ -227,8 +227,8 @@ class FlatAdamW:
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a restart needs, `<parameter>.<field>` and `num_updates`.
 
-        Fields: `exp_avg`, `exp_avg_sq` (with `.scale` if 8-bit) and `master`. They do not depend on
-        how parameters are laid out.
+        Fields are the rules' own, such as `exp_avg` (with `.scale` if 8-bit), and `master`. They do
+        not depend on how parameters are laid out.
         """
         return {"num_updates": torch.tensor(self.num_updates), **dict(self._views())}
 
@@ -251,60 +251,36 @@ class FlatAdamW:
             view.copy_(tensors[name])
         self.num_updates = int(tensors["num_updates"])
 
+    def release(self) -> None:
+        """Lets go of all parameters: they keep their numbers, and have no gradient any more."""
+        for group in self.groups:
+            for hook in group.hooks:
+                hook.remove()
+            for parameter in group.layout.parameters:
+                parameter.grad = None
+
     def state_bytes_per_parameter(self) -> dict[str, float]:
-        """Bytes a parameter besides its weight: `gradient`, `master`, `moments`; padding aside."""
+        """Bytes a parameter besides its weight: `gradient`, `master`, `states`; padding aside."""
         count = sum(p.numel() for group in self.groups for p in group.layout.parameters)
-        sizes = {"gradient": 0, "master": 0, "moments": 0}
+        sizes = {"gradient": 0, "master": 0, "states": 0}
         for group in self.groups:
             for _, _, place in group.layout.parts:
                 sizes["gradient"] += group.gradient_F[place].nbytes
                 sizes["master"] += group.weights_F[place].nbytes if group.has_master else 0
-                for moment in (group.first, group.second):
-                    sizes["moments"] += sum(t.nbytes for t in moment.tensors(place).values())
+            sizes["states"] += sum(t.nbytes for _, t in group.rule.tensors(group.layout))
         return {name: size / max(1, count) for name, size in sizes.items()}
 
     def _views(self) -> Iterator[tuple[str, torch.Tensor]]:
         for group in self.groups:
-            for name, parameter, place in group.layout.parts:
-                for field, moment in (("exp_avg", group.first), ("exp_avg_sq", group.second)):
-                    for suffix, stored in moment.tensors(place).items():
-                        shape = parameter.shape if not suffix else stored.shape
-                        yield f"{name}.{field}{suffix}", stored.view(shape)
-                if group.has_master:
+            yield from group.rule.tensors(group.layout)
+            if group.has_master:
+                for name, parameter, place in group.layout.parts:
                     yield f"{name}.master", group.weights_F[place].view(parameter.shape)
 
 
 def part_size(device: torch.device) -> int:
     """Numbers that are worked on at once."""
     return PART_CPU if device.type == "cpu" else PART
-
-
-def adamw_update(
-    weights_P: torch.Tensor,
-    gradient_P: torch.Tensor,
-    moments: tuple[torch.Tensor, torch.Tensor],
-    settings: AdamWSettings,
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    num_updates: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """AdamW (arXiv 1711.05101, algorithm 2) written out, all in float32.
-
-    Returns:
-        (weights, first moment, second moment) after update number `num_updates`, counted from 1.
-    """
-    first_P, second_P = moments
-    first_P = first_P.lerp(gradient_P, 1 - settings.beta1)
-    second_P = (second_P * settings.beta2).addcmul_(
-        gradient_P, gradient_P, value=1 - settings.beta2
-    )
-    correction1 = 1 - settings.beta1**num_updates
-    correction2 = 1 - settings.beta2**num_updates
-    root_P = (second_P / correction2).sqrt_().add_(settings.epsilon)
-    weights_P = weights_P * (1 - learning_rate * weight_decay)
-    weights_P.addcdiv_(first_P, root_P, value=-learning_rate / correction1)
-    return weights_P, first_P, second_P
 
 
 def flat_norm(values_F: torch.Tensor) -> torch.Tensor:
@@ -320,19 +296,57 @@ def flat_norm(values_F: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def bytes_per_parameter(states: StateKind, *, is_bf16: bool, keep_master: bool) -> float:
-    """Bytes that training keeps for a parameter besides its weight, for plans of memory."""
-    moments = {"float32": 8.0, "bfloat16": 4.0, "int8": 2.0 + 2 * 4 / BLOCK}[states]
-    if not is_bf16:
-        return 4 + moments
-    return (8 if keep_master else 2) + moments
+def seed_from(*words: object) -> int:
+    """A seed that depends on all words alone."""
+    digest = hashlib.sha256(":".join(map(str, words)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
-def build_flat_adamw(
-    named: Sequence[NamedParameter],
-    settings: AdamWSettings,
+def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter maps hidden states to hidden states: a matrix inside a numbered layer.
+
+    Not so are embeddings, the head, norms and biases, for which rules about matrices are not made.
+    """
+    return len(shape) == 2 and re.search(r"\.\d+\.", name) is not None
+
+
+# Building
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Parameters that one kind of rule updates.
+
+    Args:
+        named: each parameter once, float32 or bfloat16, on one device.
+        new_rule: makes the rule of a group of them.
+    """
+
+    named: Sequence[NamedParameter]
+    new_rule: NewRule
+
+
+@dataclass(frozen=True)
+class FlatSettings:
+    """What all groups share.
+
+    Args:
+        weight_decay: of matrices, decoupled (arXiv 1711.05101); vectors do not decay.
+        keep_master: bfloat16 weights have a float32 copy that is updated in their place and rounded
+            into them; without it they are updated themselves. Both round stochastically.
+        seed: of stochastic rounding, together with the number of the update.
+    """
+
+    weight_decay: float = 0.0
+    keep_master: bool = True
+    seed: int = 0
+
+
+def build_flat(
+    assignments: Sequence[Assignment],
+    settings: FlatSettings,
     rate_factors: Mapping[str, float] | None = None,
-) -> FlatAdamW:
+) -> FlatOptimizer:
     """Moves parameters and gradients into flat buffers; they stay the same objects.
 
     A model goes to its device before, not after. A parameter that gets no gradient in a step has
@@ -340,36 +354,36 @@ def build_flat_adamw(
     is moved, its weights are there twice.
 
     Args:
-        named: what is trained, each parameter once, float32 or bfloat16, on one device.
-        settings: of the update.
+        assignments: what is trained, and by which rule.
+        settings: of all.
         rate_factors: on the learning rate, of parameters for which it is not 1.
 
     Raises:
         ValueError: there are no parameters, or some of another type.
     """
+    named = [item for assignment in assignments for item in assignment.named]
     wrong = [name for name, p in named if p.dtype not in (torch.float32, torch.bfloat16)]
     if wrong or not named:
         raise ValueError(f"parameters to train in float32 or bfloat16; not so: {wrong[:5]}")
-
     factors = rate_factors or {}
 
     def kind(item: NamedParameter) -> tuple[bool, str, float]:
         name, parameter = item
         return parameter.dim() > 1, str(parameter.dtype), factors.get(name, 1.0)
 
-    ordered = sorted(named, key=kind, reverse=True)  # stable: the model's order within a group
-    groups = [
-        replace(
-            _build_group(list(members), settings, settings.weight_decay if is_matrix else 0.0),
-            rate_factor=factor,
-        )
-        for (is_matrix, _, factor), members in groupby(ordered, key=kind)
-    ]
-    return FlatAdamW(groups, settings)
+    groups: list[FlatGroup] = []
+    for assignment in assignments:
+        # Stable: the model's order within a group.
+        ordered = sorted(assignment.named, key=kind, reverse=True)
+        for (is_matrix, _, factor), members in groupby(ordered, key=kind):
+            group = _build_group(list(members), assignment.new_rule, settings)
+            decay = settings.weight_decay if is_matrix else 0.0
+            groups.append(replace(group, weight_decay=decay, rate_factor=factor))
+    return FlatOptimizer(groups, settings.seed)
 
 
 def _build_group(
-    named: Sequence[NamedParameter], settings: AdamWSettings, weight_decay: float
+    named: Sequence[NamedParameter], new_rule: NewRule, settings: FlatSettings
 ) -> FlatGroup:
     layout = _lay_out(named)
     first = named[0][1]
@@ -378,24 +392,17 @@ def _build_group(
     weights_F = make(dtype=torch.float32 if has_master else first.dtype)
     gradient_F = make(dtype=weights_F.dtype)
     gradient_views: list[torch.Tensor] = []
+    hooks: list[RemovableHandle] = []
     weights, gradients = layout.views(weights_F), layout.views(gradient_F)
     for parameter, weight, gradient in zip(layout.parameters, weights, gradients, strict=True):
         weight.copy_(parameter.detach())
         if has_master:
-            parameter.register_post_accumulate_grad_hook(_adder(gradient))
+            hooks.append(parameter.register_post_accumulate_grad_hook(_adder(gradient)))
         else:
             parameter.data, parameter.grad = weight, gradient
             gradient_views.append(gradient)
-    return FlatGroup(
-        layout,
-        weight_decay,
-        weights_F,
-        gradient_F,
-        new_moment(settings.states, layout.size, first.device, is_signed=True),
-        new_moment(settings.states, layout.size, first.device, is_signed=False),
-        has_master,
-        gradient_views,
-    )
+    rule = new_rule(layout)
+    return FlatGroup(layout, 0.0, weights_F, gradient_F, rule, has_master, gradient_views, hooks)
 
 
 def _lay_out(named: Sequence[NamedParameter]) -> Layout:
@@ -427,8 +434,3 @@ def _check_gradients(group: FlatGroup) -> None:
     ):
         if parameter.grad is not view:
             raise RuntimeError(f"the gradient of {name} was replaced; use optimizer.zero_grad()")
-
-
-def _seed_of_update(seed: int, num_updates: int) -> int:
-    digest = hashlib.sha256(f"rounding:{seed}:{num_updates}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

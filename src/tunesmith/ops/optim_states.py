@@ -8,6 +8,7 @@ Shape letters: P numbers in a part, B blocks of 256 numbers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, Protocol
@@ -102,6 +103,27 @@ def new_moment(kind: StateKind, size: int, device: torch.device, *, is_signed: b
     if kind == "int8":
         return Int8Moment(size, device, is_signed=is_signed)
     return PlainMoment(size, getattr(torch, kind), device)
+
+
+def moment_tensors(
+    moment: Moment, field: str, parts: Iterable[tuple[str, torch.Tensor, slice]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a moment holds of each parameter, as `<parameter>.<field>` and a view.
+
+    Args:
+        moment: of all parameters.
+        field: its name.
+        parts: name, parameter, and its place.
+    """
+    for name, parameter, place in parts:
+        for suffix, stored in moment.tensors(place).items():
+            shape = stored.shape if suffix else parameter.shape
+            yield f"{name}.{field}{suffix}", stored.view(shape)
+
+
+def bytes_per_number(kind: StateKind) -> float:
+    """Of a moment."""
+    return {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4 / BLOCK}[kind]
 
 
 def store(

@@ -25,7 +25,16 @@ from tunesmith.data.templates import Renderer
 from tunesmith.data.templates.skeleton import SkeletonMismatchError
 from tunesmith.data.tokenize import TokenSequence
 from tunesmith.errors import Problem
-from tunesmith.types import Completion, Conversation, Origin, Rated, Reporter, Sample, Text
+from tunesmith.types import (
+    Completion,
+    Conversation,
+    Labeled,
+    Origin,
+    Rated,
+    Reporter,
+    Sample,
+    Text,
+)
 
 MAX_PAIRS = 20_000
 """So many prompts and answers are kept to look at columns, labels and common endings."""
@@ -207,6 +216,7 @@ class Checker:
             detect_language(texts.spoken[:LANGUAGE_CHARACTERS]) or "too short to tell"
         ] += 1
         inner = sample.conversation if isinstance(sample, Rated) else sample
+        inner = inner.content if isinstance(inner, Labeled) else inner
         if isinstance(inner, Conversation):
             roles = Counter[str](message.role for message in inner.messages)
             report.roles += roles
@@ -238,6 +248,8 @@ class Checker:
         if source < self.num_training:
             self.report.training_samples += 1
             self.report.training_tokens += tokens
+        if isinstance(sample, Labeled):
+            return  # nothing in it is to be written, nor ended
         if any(int(sequence.ids[-1]) not in self.ends for sequence in sequences):
             found = "an answer whose last token is no end token"
             findings.add(Problem(where, "data.no-end", found, "an end token"))

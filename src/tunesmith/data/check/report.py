@@ -153,6 +153,7 @@ PLURALS = {
     "Text": "raw texts",
     "Preference": "preference pairs",
     "Rated": "rated answers",
+    "Labeled": "texts with labels",
 }
 
 

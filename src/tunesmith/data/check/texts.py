@@ -14,7 +14,16 @@ from tunesmith.data.check.special_tokens import find_special_tokens
 from tunesmith.data.check.truncation import looks_truncated
 from tunesmith.data.check.width import mixed_widths
 from tunesmith.errors import Problem
-from tunesmith.types import Completion, Conversation, Message, Preference, Rated, Sample, Text
+from tunesmith.types import (
+    Completion,
+    Conversation,
+    Labeled,
+    Message,
+    Preference,
+    Rated,
+    Sample,
+    Text,
+)
 
 MAX_CHARACTERS = 20_000
 """Of a long text so much is looked at."""
@@ -72,6 +81,10 @@ def texts_of(sample: Sample) -> Texts:
             # One answer rated both ways is a contradiction, not a duplicate.
             rating = ("rating", "good" if sample.is_good else "bad")
             return Texts([*inner.parts, rating], inner.prompt, inner.answers)
+        case Labeled():
+            inner = texts_of(sample.content)
+            # One text under two labels is a contradiction, not a duplicate.
+            return Texts([*inner.parts, ("label", sample.label)], inner.prompt, [])
         case Conversation():
             parts = [part for message in sample.messages for part in _parts(message)]
             answers = [

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tunesmith.data.shapes.fields import MistakeError, is_truth
+from tunesmith.data.shapes.labeled import LABEL_NAMES, TEXT_NAMES, from_labeled
 from tunesmith.data.shapes.messages import from_messages, from_sharegpt
 from tunesmith.data.shapes.pairs import (
     from_alpaca,
@@ -17,6 +18,12 @@ from tunesmith.data.shapes.pairs import (
     from_text,
 )
 from tunesmith.data.shapes.preference import from_openai_preference, from_preference, from_rated
+from tunesmith.data.shapes.prompts import (
+    ANSWER_NAMES,
+    PROMPT_COLUMNS,
+    PROMPT_NAMES,
+    from_prompt,
+)
 from tunesmith.types import Json, Origin, Sample
 
 Parser = Callable[[dict[str, Json], Origin], Sample]
@@ -24,12 +31,18 @@ Parser = Callable[[dict[str, Json], Origin], Sample]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One shape of rows: canonical columns (needed and possible), and its parser."""
+    """One shape of rows: canonical columns (needed and possible), and its parser.
+
+    `aliases` are other names that its columns have in this shape alone. A shape `on_request` is
+    read only where the recipe asks for it: its columns are those of other shapes, too.
+    """
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
     parse: Parser
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    on_request: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -71,6 +84,25 @@ SHAPES: dict[str, Shape] = {
         Shape("qa", ("question", "answer"), ("context", *_BEFORE, *_TOOLS), from_question),
         Shape("text", ("text",), (), from_text),
         Shape("llama-chinese", ("text",), (), from_llama_chinese),
+        Shape(
+            "labeled",
+            ("label",),
+            ("text", *_CHATS, "system", *_TOOLS),
+            from_labeled,
+            {"label": LABEL_NAMES, "text": TEXT_NAMES},
+            on_request=True,
+        ),
+        Shape(
+            "prompt",
+            (),
+            (
+                *(*PROMPT_COLUMNS, "answer", "reward_model"),
+                *("input", "context", *_TURNS, *_TOOLS),
+            ),
+            from_prompt,
+            {"answer": ANSWER_NAMES, "prompt": PROMPT_NAMES},
+            on_request=True,
+        ),
     )
 }
 
@@ -114,7 +146,8 @@ def shape_of(row: Mapping[str, Json], fixed: Mapping[str, str]) -> tuple[Shape, 
         MistakeError: no shape fits (`data.columns`).
     """
     check_names(fixed)
-    able = [shape for shape in SHAPES.values() if set(fixed) <= set(shape.columns)]
+    shapes = [shape for shape in SHAPES.values() if not shape.on_request]
+    able = [shape for shape in shapes if set(fixed) <= set(shape.columns)]
     for are_raw in (False, True):
         for with_aliases in (False, True):
             for shape in (shape for shape in able if (shape.name in RAW) is are_raw):
@@ -145,7 +178,8 @@ def columns_of(
             found[column] = there.pop(column)
     for column in shape.columns:
         if column not in found and (with_aliases or column in TELLING):
-            other = next((name for name in ALIASES.get(column, ()) if name in there), None)
+            known = shape.aliases.get(column, ALIASES.get(column, ()))
+            other = next((name for name in known if name in there), None)
             if other is not None:
                 found[column] = there.pop(other)
     return found

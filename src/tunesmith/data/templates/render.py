@@ -34,6 +34,7 @@ from tunesmith.types import (
     Completion,
     Conversation,
     Json,
+    Labeled,
     Message,
     Preference,
     Rated,
@@ -131,7 +132,7 @@ class Renderer:
         Raises:
             SkeletonMismatchError: see `Skeletons`.
         """
-        if self.skeletons is None or isinstance(sample, Text | Preference):
+        if self.skeletons is None or isinstance(sample, Text | Preference | Labeled):
             return None
         if isinstance(sample, Completion) and self.is_plain:
             return None
@@ -147,12 +148,26 @@ class Renderer:
         """The text before an answer, as inference builds it."""
         return self._apply(messages, tools=tools or None, add_generation_prompt=True)
 
+    def render_whole(self, sample: Conversation) -> str | Problem:
+        """A conversation as the template writes it, whoever speaks last; nothing is left out."""
+        self._said.clear()
+        try:
+            fitted = self._fit(self._guarded(sample))
+            messages = [self._as_dict(message) for message in fitted.messages]
+            text = self._apply(messages, tools=list(fitted.tools) or None)
+        except REFUSALS as error:
+            return refusal(sample, error)
+        self.notes.update(self._said)
+        return text
+
     def _apply(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
         return self.template.render(messages, **self.variables, **kwargs)
 
     def _render(self, sample: Sample) -> list[Segment]:
         if isinstance(sample, Text):
             return [self._render_text(sample)]
+        if isinstance(sample, Labeled):
+            raise TypeError("a sample with a label has no answer to render: see `render_whole`")
         if isinstance(sample, Completion) and self.is_plain:
             return [self._render_bare(sample)]
         if isinstance(sample, Preference):
@@ -188,10 +203,13 @@ class Renderer:
             self.template = own
 
     def _render_chat(self, sample: Conversation) -> list[Segment]:
+        return self._render_conversation(self._fit(self._guarded(sample)))
+
+    def _guarded(self, sample: Conversation) -> Conversation:
         guarded = guard_sample(sample, self.specials)
         if guarded is not sample:
             self._said.add(SPECIAL_AS_TEXT)
-        return self._render_conversation(self._fit(guarded))
+        return guarded
 
     def _render_conversation(self, sample: Conversation) -> list[Segment]:
         messages = [self._as_dict(message) for message in sample.messages]

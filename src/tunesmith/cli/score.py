@@ -1,0 +1,66 @@
+"""`tunesmith score`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tunesmith.cli.check import load_data
+from tunesmith.cli.console import ConsoleReporter, quiet_libraries
+from tunesmith.data.sources import find_sources
+from tunesmith.evaluate.score import ScoredRow, score_sources, summary
+from tunesmith.infer.score_model import open_score_model
+from tunesmith.io.atomic import write_atomic
+
+SHOWN_ROWS = 5
+SHOWN_CHARACTERS = 60
+
+
+def run_score(target: str, data: Sequence[str], *, out: str | None) -> None:
+    """Scores the rows of data, prints the first ones and the summary, and writes all of them."""
+    quiet_libraries()
+    console = Console()
+    reporter = ConsoleReporter(Console(stderr=True))
+    loaded = load_data(data)
+    recipe = loaded.recipe
+    sources = find_sources(recipe.data, loaded.locate, reporter).train
+    scorer = open_score_model(target, reporter)
+    rows = score_sources(scorer, sources, recipe.data, reporter)
+    console.print(_table(rows))
+    for name, value in summary(rows).items():
+        shown = f"{value:,.0f}" if name == "rows" else f"{value:,.4f}"
+        console.print(f"{name.replace('_', ' ')}: {shown}", highlight=False)
+    if out is not None:
+        lines = (json.dumps(row.as_json(), ensure_ascii=False) for row in rows)
+        write_atomic(Path(out), "".join(f"{line}\n" for line in lines))
+        console.print(f"all rows: {out}", highlight=False, soft_wrap=True)
+
+
+def _table(rows: Sequence[ScoredRow]) -> Table:
+    """The first rows."""
+    table = Table(title=f"The first {min(SHOWN_ROWS, len(rows))} rows", title_justify="left")
+    shown = rows[:SHOWN_ROWS]
+    columns = [name for name in NAMES if any(name in row.values for row in shown)]
+    for name in ("line", "text", *columns):
+        table.add_column(name)
+    for row in shown:
+        text = " ".join(row.text.split())
+        text = text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+        table.add_row(str(row.origin.line), text, *(_cell(row, name) for name in columns))
+    return table
+
+
+NAMES = ("score", "chosen", "rejected", "right", "label", "probabilities", "expected")
+
+
+def _cell(row: ScoredRow, name: str) -> str:
+    value = row.values.get(name)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return f"{max(float(str(each)) for each in value.values()):.3f}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value or "")

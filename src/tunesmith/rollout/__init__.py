@@ -1,0 +1,1 @@
+"""Answers sampled in training: drawn, judged, kept, and packed into batches."""

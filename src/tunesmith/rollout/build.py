@@ -1,0 +1,105 @@
+"""Puts together what samples answers in a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tunesmith.config.policy import GroupConfig, PpoConfig, SamplingConfig
+from tunesmith.engine.oom import TooLargeError
+from tunesmith.engine.step import Run
+from tunesmith.errors import RecipeError
+from tunesmith.infer.chat_model import stop_ids
+from tunesmith.infer.sample import Drawing
+from tunesmith.objectives.policy import PolicyObjective
+from tunesmith.objectives.policy_losses import Averaging
+from tunesmith.ops.memory_errors import is_out_of_memory
+from tunesmith.rollout.batches import Packing
+from tunesmith.rollout.judge import Judge
+from tunesmith.rollout.rollouts import Rollouts
+from tunesmith.rollout.sampler import TransformersEngine
+from tunesmith.types import PackedBatch
+
+AT_ONCE = {"cpu": 64, "cuda": 256, "mps": 64}
+"""Answers in one batch: each more is nearly free until the device is busy or its memory full."""
+
+
+def with_rollouts(run: Run, judge: Judge | None) -> Run:
+    """The run with what samples its answers, if its objective learns from such."""
+    config, objective = run.recipe.objective, run.objective
+    if judge is None or not isinstance(objective, PolicyObjective):
+        return run
+    if not isinstance(config, GroupConfig | PpoConfig):
+        raise TypeError(f"{config.name} samples no answers")
+    _check_softcap(run.model, config)
+    rollouts = Rollouts(
+        model=run.model,
+        objective=objective,
+        config=config,
+        engine=_open_engine(run, config),
+        judge=judge,
+        drawing=Drawing(
+            stop_ids=tuple(stop_ids(run.model, judge.tokenizer)),
+            max_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        ),
+        packing=Packing(
+            _averaging(config),
+            config.max_new_tokens,
+            pad_to=run.loader.pad_to,
+            share_prefixes=run.loader.share_prefixes,
+        ),
+        loader=run.loader,
+        validation=run.validation,
+        folder=run.checkpoints.folder.parent / "samples",
+        look=lambda batch: _look(run, objective, batch),
+    )
+    run.checkpoints.extras = rollouts
+    return replace(run, rollouts=rollouts)
+
+
+def _open_engine(run: Run, config: SamplingConfig) -> TransformersEngine:
+    at_once = config.answers_at_once
+    # Transformers' own forward wants one type: that of the weights, not of float32 adapters.
+    is_half = run.recipe.model.dtype == "bfloat16"
+    return TransformersEngine(
+        run.model,
+        lambda: torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=is_half),
+        AT_ONCE[run.device.type] if at_once == "auto" else at_once,
+    )
+
+
+def _averaging(config: GroupConfig | PpoConfig) -> Averaging:
+    if isinstance(config, PpoConfig):
+        return "token"  # as published code of PPO averages over all tokens of a batch
+    if config.averaging == "auto":
+        raise ValueError("an unresolved value: objective.averaging")
+    return config.averaging
+
+
+def _check_softcap(model: Any, config: SamplingConfig) -> None:
+    """Refuses a temperature before a soft cap, where sampling has it behind."""
+    if config.temperature != 1 and getattr(model.config, "final_logit_softcapping", None):
+        raise RecipeError(
+            "recipe.temperature",
+            "objective.temperature",
+            found=f"{config.temperature} on a model that caps its logits",
+            expected="1.0 for such a model",
+        )
+
+
+def _look(run: Run, objective: PolicyObjective, batch: PackedBatch) -> dict[str, torch.Tensor]:
+    run.watchdog.beat("sample")
+    try:
+        with run.autocast():
+            has_reference = objective.reference is not None
+            found = objective.look(run.model, batch.to(run.device), with_reference=has_reference)
+        return dict(found)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TooLargeError(batch, str(error)) from None
