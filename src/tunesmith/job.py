@@ -51,6 +51,7 @@ from tunesmith.model.memory import (
     refine_needs,
 )
 from tunesmith.model.quantize import check_method
+from tunesmith.model.sampling import needs_with_sampling
 from tunesmith.model.start import with_adapter
 from tunesmith.model.teacher import Teacher, check_vocabulary, find_teacher, needs_with
 from tunesmith.model.vocabulary import with_new_tokens
@@ -126,40 +127,24 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     findings = _look_at_rows(sources, renderer, reporter) if resolved is None else []
     held_out = sources.validation
     validation_store = _open(held_out, renderer, recipe, reporter) if held_out else None
-    for each in filter(None, (store, validation_store)):
+    stores = (store, validation_store)
+    for each in filter(None, stores):
         _check_ids(each, sizes, source)
         check_vocabulary(teacher, tokenizer, each.largest_id)
-    asked = recipe.model.dtype
-    is_bf16 = device.has_fast_bf16 if asked == "auto" else asked == "bfloat16"
-    needs = estimate_needs(
-        sizes,
-        recipe if resolved is None else resolved,
-        is_bf16=is_bf16,
-        device_kind=device.kind,
-        used_bytes=0 if device.kind == "cuda" else used_memory_bytes(device),
-    )
-    needs = needs_with(teacher, needs, is_bf16=is_bf16, device_kind=device.kind)
-    facts = _facts((store, validation_store), sources, sizes, needs, device)
-    labels = choose_labels(goal, labels_of(config), (store, validation_store))
+    needs = _needs(resolved or recipe, sizes, device, teacher, max(_longest(store)))
+    facts = _facts(stores, sources, sizes, needs, device)
+    labels = choose_labels(goal, labels_of(config), stores)
     source = replace(source, head=make_head(goal, labels, tokenizer, renderer.traits.end_marks))
     seconds = _seconds_per_token(recipe, sizes, device)
     facts = replace(facts, seconds_per_token=seconds, labels=labels)
     # An earlier start has no `auto` left: then this only plans its memory again, to predict it.
-    values = resolve(recipe if resolved is None else resolved, facts)
+    values = resolve(resolved or recipe, facts)
     configs = [each.config for each in sources.stored]
-    loader, split = _split(values.recipe, configs, (store, validation_store), device)
-    max_steps = values.recipe.train.max_steps
-    fingerprints = {"base model": fingerprint(source, config), **store.fingerprints}
-    if validation_store:
-        of_validation = validation_store.fingerprints.items()
-        fingerprints |= {f"validation: {name}": value for name, value in of_validation}
+    loader, split = _split(values.recipe, configs, stores, device)
+    fingerprints = {"base model": fingerprint(source, config), **_fingerprints(stores, split)}
     fingerprints |= adapter_fingerprints(source.adapter) | (teacher.fingerprints if teacher else {})
-    # A registry may change what sources give without a change in the recipe.
-    shares = (f"{share.draws} of {share.size}" for share in split.shares)
-    fingerprints["samples of each source"] = " + ".join(shares)
     num_steps = loader.steps_per_epoch * number(values.recipe.train.epochs)
-    if max_steps is not None:
-        num_steps = min(num_steps, max_steps)
+    num_steps = min(num_steps, values.recipe.train.max_steps or num_steps)
     return Job(
         source=source,
         tokenizer=tokenizer,
@@ -181,6 +166,31 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     )
 
 
+def _needs(
+    recipe: Recipe, sizes: Sizes, device: Device, teacher: Teacher | None, longest_tokens: int
+) -> Needs:
+    """A first estimate of what training takes, with all that is beside the model."""
+    kind, asked = device.kind, recipe.model.dtype
+    is_bf16 = device.has_fast_bf16 if asked == "auto" else asked == "bfloat16"
+    used = 0 if kind == "cuda" else used_memory_bytes(device)
+    needs = estimate_needs(sizes, recipe, is_bf16=is_bf16, device_kind=kind, used_bytes=used)
+    needs = needs_with(teacher, needs, is_bf16=is_bf16, device_kind=kind)
+    return needs_with_sampling(
+        recipe.objective, needs, sizes, longest_tokens=longest_tokens, device_kind=kind
+    )
+
+
+def _fingerprints(stores: tuple[TokenStore, TokenStore | None], split: Split) -> dict[str, str]:
+    """Hashes of the data, by names that a person knows."""
+    found = dict(stores[0].fingerprints)
+    if stores[1] is not None:
+        of_validation = stores[1].fingerprints.items()
+        found |= {f"validation: {name}": value for name, value in of_validation}
+    # A registry may change what sources give without a change in the recipe.
+    shares = (f"{share.draws} of {share.size}" for share in split.shares)
+    return found | {"samples of each source": " + ".join(shares)}
+
+
 LOOKED_AT_STEPS = 16
 """So many steps, spread over an epoch, show how large micro-batches come to be."""
 
@@ -190,6 +200,8 @@ def _predict(loader: Loader, num_steps: int, needs: Needs, plan: Plan) -> int:
     chosen = {steps * part // LOOKED_AT_STEPS for part in range(LOOKED_AT_STEPS)} if steps else {0}
     batches = [micro for step in chosen for micro in loader.batch(step).micro_batches]
     largest = max((batch.num_stored_tokens for batch in batches), default=0)
+    if needs.apart_bytes:  # what is sampled is as long as it may be
+        largest = loader.micro_batch_tokens
     return needs.peak_bytes(largest, plan.levels)
 
 

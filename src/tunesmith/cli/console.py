@@ -31,7 +31,10 @@ SECONDS_BETWEEN_LINES = 10.0
 """Without a terminal a line appears this often instead of a moving bar."""
 
 
-SHOWN_METRICS = ("reward_accuracy", "reward_margin", "reward_gap", "accuracy", "macro_f1", "margin")
+SHOWN_METRICS = (
+    *("reward_accuracy", "reward_margin", "reward_gap", "accuracy", "macro_f1", "margin"),
+    *("answer_tokens", "complete"),
+)
 """Of an objective's metrics, what stands beside the validation loss."""
 
 
@@ -155,7 +158,7 @@ class RunDisplay:
         self.task: Any = None
         self.num_steps = 0
         self.last_line = 0.0
-        self.last_loss = "-"
+        self.last_level = "-"
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
@@ -191,7 +194,7 @@ class RunDisplay:
     def _on_step(self, event: Event) -> None:
         data = event.data
         text = (
-            f"loss {_number(data['loss'], 4)}  val {self.last_loss}  "
+            f"{' '.join(_level(event))}  val {self.last_level}  "
             f"lr {_number(data['learning_rate'], 2, 'e')}  {_number(data['tokens_per_second'], 0)} "
             "tok/s"
         )
@@ -205,7 +208,7 @@ class RunDisplay:
             self.console.print(f"step {event.step}/{self.num_steps}  {text}", highlight=False)
 
     def _on_evaluation(self, event: Event) -> None:
-        self.last_loss = _number(event.data["loss"], 4)
+        name, self.last_level = _level(event)
         when = "before training" if event.step == 0 else f"step {event.step}"
         best = "  [green]best so far[/green]" if event.data["best"] else ""
         measured = "".join(
@@ -213,7 +216,7 @@ class RunDisplay:
             for name in SHOWN_METRICS
             if event.data.get(name) is not None
         )
-        text = f"validation loss {self.last_loss}{measured}  ({when}){best}"
+        text = f"validation {name} {self.last_level}{measured}  ({when}){best}"
         self.console.print(text, highlight=False)
 
     def _on_resume(self, event: Event) -> None:
@@ -235,6 +238,12 @@ class RunDisplay:
         self.close()
 
 
+def _level(event: Event) -> tuple[str, str]:
+    """Name and value of the figure that tells where a run stands: its reward, or its loss."""
+    name = "reward" if event.data.get("reward") is not None else "loss"
+    return name, _number(event.data[name], 4)
+
+
 def _gib(summary: dict[str, Json], name: str) -> str:
     value = summary.get(name)  # a run finished by an older version lacks some
     return "-" if value is None else f"{float(str(value)) / 2**30:.2f} GiB"
@@ -244,10 +253,13 @@ def show_summary(console: Console, summary: dict[str, Json]) -> None:
     """Prints a finished run's figures."""
     table = Table(title="Result", show_header=False, title_justify="left")
     before, after = summary["eval_loss_before"], summary["eval_loss"]
+    name, shown, shown_before = "eval_loss", after, before
+    if summary.get("eval_reward") is not None:
+        name, shown, shown_before = "eval_reward", summary["eval_reward"], summary["reward_before"]
     rows = {
         "train_loss": _number(summary["train_loss"], 4),
-        "eval_loss": _number(after, 4) if after is not None else "no validation rows",
-        "eval_loss before training": _number(before, 4) if before is not None else "-",
+        name: _number(shown, 4) if shown is not None else "no validation rows",
+        f"{name} before training": _number(shown_before, 4) if shown_before is not None else "-",
         "best step": str(summary["best_step"]) if summary["best_step"] is not None else "-",
         "steps / epochs": f"{summary['steps']} / {summary['epochs']}",
         "runtime": format_seconds(float(str(summary["runtime_seconds"]))),

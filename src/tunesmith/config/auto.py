@@ -141,7 +141,9 @@ def resolve(recipe: Recipe, facts: Facts) -> Resolved:
     spikes = (None, "losses of policies have no level") if is_policy else (6.0, "far outside")
     fill("guard.spike_sigma", *spikes)
     fill("train.epochs", *auto_epochs(num_train))
-    batch = fill("train.global_batch", *_global_batch(num_train, least=8 if is_policy else 1))
+    # One answer alone says nothing of a group's mean reward, nor of the KL that KTO estimates.
+    is_compared = is_policy or recipe.objective.name == "kto"
+    batch = fill("train.global_batch", *_global_batch(num_train, least=8 if is_compared else 1))
     fill("train.learning_rate", *_learning_rate(recipe, facts))
     longest = int(values["data"]["max_length"])
     step_tokens = _step_tokens(facts.longest_samples, int(str(batch)), longest)

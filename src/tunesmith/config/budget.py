@@ -63,6 +63,7 @@ class Needs:
         head_per_token: while it runs, for each of its rows.
         head_most: of all rows together: more of them go through in parts.
         holes: share that the allocator loses between tensors.
+        apart_bytes: of other work, between steps, when nothing is kept for a backward.
     """
 
     weight_bytes: int
@@ -76,6 +77,7 @@ class Needs:
     head_per_token: float = 0.0
     head_most: int = 0
     holes: float = 0.0
+    apart_bytes: int = 0
 
     @property
     def static_bytes(self) -> int:
@@ -96,7 +98,7 @@ class Needs:
         head = self.head_bytes + min(self.head_most, tokens * self.head_per_token)
         most = max(head, tokens * self.working_per_token(levels))
         moving = tokens * self.kept_per_token(levels) + most
-        return round(self.static_bytes + (1 + self.holes) * moving)
+        return round(self.static_bytes + max((1 + self.holes) * moving, self.apart_bytes))
 
     def tokens_in(self, memory_bytes: int, levels: tuple[Level, ...]) -> int:
         """The most tokens whose peak is within a memory; 0 if not even one is."""

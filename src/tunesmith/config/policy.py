@@ -63,6 +63,12 @@ class SamplingConfig(Strict):
             settings["rewards"] = [rewards]
         return settings
 
+    def num_at_once(self, device_kind: str) -> int:
+        """Answers in one batch."""
+        if self.answers_at_once != "auto":
+            return self.answers_at_once
+        return 64 if device_kind == "cpu" else 256
+
     @property
     def reference(self) -> bool:
         """Whether it asks what the model was before training."""

@@ -180,6 +180,7 @@ def _update(
     try:
         if run.rollouts is not None:
             batch = run.rollouts.batch(given, state.step, budget, run.is_stopped)
+            run.after_step()  # a cache of keys and values leaves holes in the heap
         found = batch and update(run, batch, state.step, highest_loss=limit)
     except TooLargeError as problem:
         # Without the frames, which hold all that the forward kept: it must be gone before a retry.

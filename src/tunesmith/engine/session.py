@@ -50,10 +50,14 @@ def open_session(
 def summarize(run: Run, state: TrainState, memory: dict[str, int]) -> dict[str, Json]:
     """What a finished run measured."""
     seconds = max(state.train_seconds, 1e-9)
+    rewards: dict[str, Json] = {}
+    if run.rollouts is not None and state.first_loss is not None and state.best_loss is not None:
+        rewards = {"reward_before": -state.first_loss, "eval_reward": -state.best_loss}
     return {
         "train_loss": state.loss_sum / max(1, state.num_learned),
         "eval_loss_before": state.first_loss,
         "eval_loss": state.best_loss,
+        **rewards,
         "best_step": state.best_step,
         "steps": state.step,
         "skipped_steps": state.num_skipped,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,20 +12,20 @@ import torch
 from tunesmith.config.policy import GroupConfig, PpoConfig, SamplingConfig
 from tunesmith.engine.oom import TooLargeError
 from tunesmith.engine.step import Run
+from tunesmith.engine.validation import too_large
 from tunesmith.errors import RecipeError
 from tunesmith.infer.chat_model import stop_ids
 from tunesmith.infer.sample import Drawing
+from tunesmith.io.fault import fault
 from tunesmith.objectives.policy import PolicyObjective
 from tunesmith.objectives.policy_losses import Averaging
+from tunesmith.objectives.rewards import Answered, RewardFunction
 from tunesmith.ops.memory_errors import is_out_of_memory
 from tunesmith.rollout.batches import Packing
 from tunesmith.rollout.judge import Judge
 from tunesmith.rollout.rollouts import Rollouts
 from tunesmith.rollout.sampler import TransformersEngine
 from tunesmith.types import PackedBatch
-
-AT_ONCE = {"cpu": 64, "cuda": 256, "mps": 64}
-"""Answers in one batch: each more is nearly free until the device is busy or its memory full."""
 
 
 def with_rollouts(run: Run, judge: Judge | None) -> Run:
@@ -39,7 +41,7 @@ def with_rollouts(run: Run, judge: Judge | None) -> Run:
         objective=objective,
         config=config,
         engine=_open_engine(run, config),
-        judge=judge,
+        judge=replace(judge, functions=tuple(_watched(run, each) for each in judge.functions)),
         drawing=Drawing(
             stop_ids=tuple(stop_ids(run.model, judge.tokenizer)),
             max_tokens=config.max_new_tokens,
@@ -57,19 +59,19 @@ def with_rollouts(run: Run, judge: Judge | None) -> Run:
         validation=run.validation,
         folder=run.checkpoints.folder.parent / "samples",
         look=lambda batch: _look(run, objective, batch),
+        too_large=lambda problem: too_large(run, run.loader, problem),
     )
     run.checkpoints.extras = rollouts
     return replace(run, rollouts=rollouts)
 
 
 def _open_engine(run: Run, config: SamplingConfig) -> TransformersEngine:
-    at_once = config.answers_at_once
     # Transformers' own forward wants one type: that of the weights, not of float32 adapters.
     is_half = run.recipe.model.dtype == "bfloat16"
     return TransformersEngine(
         run.model,
         lambda: torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=is_half),
-        AT_ONCE[run.device.type] if at_once == "auto" else at_once,
+        config.num_at_once(run.device.type),
     )
 
 
@@ -92,9 +94,21 @@ def _check_softcap(model: Any, config: SamplingConfig) -> None:
         )
 
 
+def _watched(run: Run, function: RewardFunction) -> RewardFunction:
+    """The same reward function, whose hang is noticed."""
+
+    def judge(answers: Sequence[Answered]) -> Sequence[float | None]:
+        run.watchdog.beat("reward")
+        fault("sample.judge")
+        return function(answers)
+
+    return judge
+
+
 def _look(run: Run, objective: PolicyObjective, batch: PackedBatch) -> dict[str, torch.Tensor]:
     run.watchdog.beat("sample")
     try:
+        fault("sample.look", tokens=batch.num_stored_tokens)
         with run.autocast():
             has_reference = objective.reference is not None
             found = objective.look(run.model, batch.to(run.device), with_reference=has_reference)
@@ -102,4 +116,6 @@ def _look(run: Run, objective: PolicyObjective, batch: PackedBatch) -> dict[str,
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        # The frames below hold activations; these must be gone before another try.
+        traceback.clear_frames(error.__traceback__)
         raise TooLargeError(batch, str(error)) from None

@@ -6,8 +6,8 @@ Shape letters: P prompts, K answers of each, A answers (P * K), T tokens of all 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -71,6 +71,22 @@ class Experience:
         """The number of each token's answer."""
         lengths = torch.tensor([len(ids) for ids in self.answers])
         return torch.arange(len(self.answers)).repeat_interleave(lengths)
+
+    def only(self, samples: Collection[int]) -> Experience:
+        """The part of it that answers the prompts of some samples."""
+        kept = [number for number, sample in enumerate(self.sample_ids) if sample in samples]
+        each = self.num_answers
+        answers = [answer for n in kept for answer in range(n * each, (n + 1) * each)]
+        places_T = self.rows(answers)
+        return replace(
+            self,
+            sample_ids=tuple(self.sample_ids[number] for number in kept),
+            prompts=tuple(self.prompts[number] for number in kept),
+            answers=tuple(self.answers[answer] for answer in answers),
+            is_complete_A=self.is_complete_A[answers],
+            reward_A=self.reward_A[answers],
+            columns_T={name: column[places_T] for name, column in self.columns_T.items()},
+        )
 
     def save(self, file: Path) -> None:
         """Writes it as safetensors."""

@@ -21,6 +21,7 @@ from tunesmith.config.policy import GroupConfig, PpoConfig
 from tunesmith.data.loader import Loader
 from tunesmith.data.order import order, stream_seed
 from tunesmith.engine.oom import TooLargeError, smaller_budget
+from tunesmith.errors import OutOfMemoryError
 from tunesmith.infer.sample import Drawing, Drawn
 from tunesmith.io.atomic import write_atomic
 from tunesmith.io.redact import redact
@@ -62,7 +63,9 @@ class Rollouts:
         validation: of prompts that are held out; None if there are none.
         folder: where some answers are written down.
         look: runs the objective's `look` on a micro-batch.
+        too_large: makes the error of a micro-batch that cannot be cut any more.
         current: what is being learned from.
+        most_tokens: of a micro-batch that is looked at, once memory has ended there.
     """
 
     model: Any
@@ -76,7 +79,9 @@ class Rollouts:
     validation: Loader | None
     folder: Path
     look: Look
+    too_large: Callable[[TooLargeError], OutOfMemoryError]
     current: Experience | None = None
+    most_tokens: int | None = None
 
     # Training
 
@@ -92,14 +97,17 @@ class Rollouts:
             is_stopped: asked before each token.
 
         Raises:
-            TooLargeError: memory did not suffice to look at a micro-batch.
+            OutOfMemoryError: one answer alone is too much.
         """
+        if not given.sample_ids:  # all of them are left out
+            return given
         number = step // self.config.steps_per_sampling
-        if self.current is None or self.current.number != number:
+        found = self._known(number, given.sample_ids)
+        if found is None:
             found = self._sampled(given.sample_ids, number, budget, is_stopped)
-            if found is None:
-                return None
-            self.current = found
+        if found is None:
+            return None
+        self.current = found
         return self.packed(step, budget, given.epoch)
 
     def packed(self, step: int, budget: int, epoch: int = 0) -> GlobalBatch:
@@ -116,6 +124,16 @@ class Rollouts:
         each = experience.num_answers
         answers = [a for prompt in chosen for a in range(prompt * each, (prompt + 1) * each)]
         return self.packing.batch(experience, answers, budget, epoch=epoch)
+
+    def _known(self, number: int, samples: tuple[int, ...]) -> Experience | None:
+        """The answers of a sampling as they are known already; None if these are to be sampled."""
+        known, wanted = self.current, frozenset(samples)
+        if known is None or known.number != number:
+            return None
+        # A rollback leaves samples out; when the data was changed, numbers mean other samples.
+        if tuple(sample for sample in known.sample_ids if sample in wanted) != samples:
+            return None
+        return known if known.sample_ids == samples else known.only(wanted)
 
     @property
     def _num_prompts(self) -> int:
@@ -194,6 +212,7 @@ class Rollouts:
         numbered = replace(experience, columns_T={"place": torch.arange(num_tokens)})
         every = range(len(experience.answers))
         self.model.eval()
+        budget = min(budget, self.most_tokens or budget)
         while True:
             found: dict[str, torch.Tensor] = {}
             try:
@@ -206,8 +225,8 @@ class Rollouts:
                 pack = partial(self.packing.batch, numbered, every, epoch=0)
                 smaller = smaller_budget(pack, problem.batch.num_stored_tokens)
                 if smaller is None:
-                    raise
-                budget = smaller
+                    raise self.too_large(problem) from None
+                budget = self.most_tokens = smaller
 
     # Validation
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from tunesmith.engine.oom import free_memory
+from tunesmith.errors import OutOfMemoryError
 from tunesmith.infer.sample import Drawing, Drawn, sample_answers
+from tunesmith.io.fault import fault
 from tunesmith.ops.memory_errors import is_out_of_memory
 
 IsStopped = Callable[[], bool]
@@ -51,19 +56,39 @@ class TransformersEngine:
         drawing: Drawing,
         is_stopped: IsStopped,
     ) -> list[list[Drawn]] | None:
-        """See `Engine`; prompts of like length go together."""
+        """See `Engine`; prompts of like length go together.
+
+        Raises:
+            OutOfMemoryError: one answer alone is too much (`memory.one-answer`).
+        """
         by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        answers: dict[int, list[Drawn]] = {}
-        while len(answers) < len(prompts):
-            size = max(1, self.at_once // uniform_PKL.shape[1])
-            chosen = by_length[len(answers) : len(answers) + size]
+        answers: list[list[Drawn]] = [[] for _ in prompts]
+        first, asked = 0, partial(_is_stopped, is_stopped)
+        while first < len(prompts):
+            chosen, places = self._next(by_length, first, answers, uniform_PKL.shape[1])
             found = self._try(
-                [prompts[number] for number in chosen], uniform_PKL[chosen], drawing, is_stopped
+                [prompts[number] for number in chosen],
+                uniform_PKL[chosen][:, places],
+                drawing,
+                asked,
             )
             if found is None:
                 return None
-            answers.update(zip(chosen, found, strict=False))  # none found: once more, fewer
-        return [answers[number] for number in range(len(prompts))]
+            for number, drawn in zip(chosen, found, strict=False):  # none: once more, fewer
+                answers[number] += drawn
+            while first < len(prompts) and len(answers[by_length[first]]) == uniform_PKL.shape[1]:
+                first += 1
+        return answers
+
+    def _next(
+        self, by_length: list[int], first: int, answers: list[list[Drawn]], num_answers: int
+    ) -> tuple[list[int], slice]:
+        """Which prompts come next, and which of their answers; some of a prompt's may be there."""
+        num_there = len(answers[by_length[first]])
+        if num_there or self.at_once < num_answers:
+            return [by_length[first]], slice(num_there, num_there + self.at_once)
+        size = self.at_once // num_answers
+        return by_length[first : first + size], slice(0, num_answers)
 
     def _try(
         self,
@@ -73,14 +98,36 @@ class TransformersEngine:
         is_stopped: IsStopped,
     ) -> list[list[Drawn]] | None:
         """The answers; none at all where memory ended, which is less at once the next time."""
+        count = uniform_PKL.shape[0] * uniform_PKL.shape[1]
         try:
             with self.autocast():
                 return sample_answers(self.model, prompts, uniform_PKL, drawing, is_stopped)
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or len(prompts) == 1:
+            if not is_out_of_memory(error):
                 raise
-            self.at_once = len(prompts) // 2 * uniform_PKL.shape[1]
-            return []
+            # The frames below hold keys and values; these must be gone before another try.
+            traceback.clear_frames(error.__traceback__)
+        if count == 1:
+            raise _too_large(prompts[0], drawing)
+        free_memory(self.model.device)
+        self.at_once = count // 2
+        return []
+
+
+def _is_stopped(is_stopped: IsStopped) -> bool:
+    fault("sample.token")
+    return is_stopped()
+
+
+def _too_large(prompt: Sequence[int], drawing: Drawing) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        "memory.one-answer",
+        "objective.max_new_tokens",
+        found=f"no memory for one answer of up to {drawing.max_tokens:,} tokens "
+        f"to a prompt of {len(prompt):,}",
+        expected="an answer that fits",
+        try_="a smaller objective.max_new_tokens or data.max_length, or model.quantize=nf4",
+    )
 
 
 def uniform_numbers(seed: int, number: int, shape: tuple[int, int, int]) -> torch.Tensor:
