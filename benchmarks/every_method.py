@@ -1,8 +1,9 @@
-"""Every row of docs/methods.md's tables of methods, really run: trained, resumed, loaded back.
+"""Every method and objective of docs/methods.md, really run: trained, resumed, loaded back.
 
     python benchmarks/every_method.py --data rows.json --results every_method.jsonl
 
-Each row's recipe trains SmolLM2-135M for a few steps on the first rows of a data file. Then a copy
+Each row's recipe trains SmolLM2-135M for a few steps on the first rows of a data file; objectives,
+with LoRA, on the example that has what they learn from (--objectives). Then a copy
 of the run without its end goes on from an earlier checkpoint, and must write the same bits; and
 plain PEFT, or plain transformers, loads the result, whose logits are compared with those of our own
 model, with the last checkpoint's weights and our own forward.
@@ -52,6 +53,48 @@ def method_rows(text: str) -> Iterator[tuple[str, str]]:
             yield row["method"], row["recipe"].strip("`")
 
 
+EXAMPLES = ROOT / "examples" / "data"
+OF_KIND = {
+    "Preference": EXAMPLES / "plain-answers.jsonl",
+    "Rated": EXAMPLES / "rated-answers.jsonl",
+    "Labeled": EXAMPLES / "tickets.jsonl",
+    "Text": EXAMPLES / "handbook",
+}
+"""What objectives learn from that do not learn from conversations."""
+
+REWARDS = ["math", {"kind": "length", "min_tokens": 2, "max_tokens": 16, "weight": 0.5}]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "exo": {"label_smoothing": 0.1},
+    "robust": {"label_smoothing": 0.1},
+    "distill": {"teacher": MODEL, "temperature": 2.0},
+    **{
+        name: {"rewards": REWARDS, "max_new_tokens": 16, "answers": 4, "updates": 2}
+        for name in ("grpo", "dr_grpo", "dapo", "gspo", "rloo")
+    },
+    "ppo": {"rewards": REWARDS, "max_new_tokens": 16, "updates": 2},
+}
+
+
+def objective_rows() -> Iterator[tuple[str, str]]:
+    """Name and recipe of each objective."""
+    from tunesmith.objectives import OBJECTIVES
+
+    for name in OBJECTIVES:
+        yield name, json.dumps({"objective": {"name": name, **SETTINGS.get(name, {})}})
+    yield "sft, dft", json.dumps({"objective": {"name": "sft", "variant": "dft"}})
+
+
+def data_of(tree: dict[str, Any], data: Path) -> Path:
+    """The file that a row learns from."""
+    from tunesmith.objectives import OBJECTIVES
+
+    name = tree.get("objective", {}).get("name", "sft")
+    if "rewards" in tree.get("objective", {}):
+        return EXAMPLES / "sums.jsonl"
+    kinds = OBJECTIVES[name].kinds
+    return OF_KIND.get(kinds[0], data) if "Conversation" not in kinds else data
+
+
 def recipe_of(recipe: str, data: Path, output: Path) -> dict[str, Any]:
     """A small run of a row's recipe."""
     import yaml
@@ -64,11 +107,12 @@ def recipe_of(recipe: str, data: Path, output: Path) -> dict[str, Any]:
         "method": tree.get("method", "lora"),
         "model": model,
         "data": {
-            "train": [{"path": str(data), "limit": 40}],
+            "train": [{"path": str(data_of(tree, data)), "limit": 40}],
             "validation": 4,
-            "max_length": 64,
-            "overlong": "cut_left",
+            "max_length": "auto" if "objective" in tree else 64,
+            "overlong": "auto" if "objective" in tree else "cut_left",
         },
+        "objective": tree.get("objective", "sft"),
         "train": {"max_steps": 4, "epochs": 4, "global_batch": 2, "warmup": 0},
         "evaluate": {"every": None},
         "checkpoint": {"every_steps": 2, "keep": 9, "background": False},
@@ -142,12 +186,33 @@ def compare(loaded: Any, run_dir: Any) -> float:
         0
     ].ids
     batch = build_batch([(0, TokenSequence(as_ids(ids), ((1, len(ids) - 1, 1.0),)))])
+    if job.source.head is not None:
+        return compare_scores(run.model, run_dir.model, ids)
     with torch.no_grad():
         model = run.model.eval()
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         ours = base.get_output_embeddings()(decode(base, batch)).float()
         plain = load_plainly(run_dir.model, job.source.path, loaded.recipe.model.quantize)
         theirs = plain(input_ids=torch.tensor([ids])).logits[0, -len(ids) :].float()
+    return float((ours - theirs).abs().max())
+
+
+def compare_scores(model: Any, folder: Path, ids: list[int]) -> float:
+    """The same for scores at the last token, of an adapter that its card says how to load."""
+    import torch
+    from peft import AutoPeftModelForSequenceClassification
+
+    from tunesmith.model.heads import scores_of
+    from tunesmith.types import Segments
+
+    ids_T, position_T = torch.tensor(ids), torch.arange(len(ids))
+    head = json.loads((folder / "head.json").read_text())
+    load: Any = AutoPeftModelForSequenceClassification.from_pretrained
+    plain = load(str(folder), dtype=torch.float32, **head).eval()
+    with torch.no_grad():
+        last = torch.tensor([len(ids) - 1])
+        ours = scores_of(model.eval(), ids_T, position_T, Segments((len(ids),)), last).float()
+        theirs = plain(input_ids=ids_T[None]).logits.float()
     return float((ours - theirs).abs().max())
 
 
@@ -167,7 +232,11 @@ def load_plainly(folder: Path, base: str, quantize: str) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
         )
+    if quantize == "int8":
+        how["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **how)
+    if quantize == "int8":  # as it was trained: bitsandbytes' forward rounds inputs, too
+        model = model.dequantize(dtype=torch.float32)
     return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
@@ -227,7 +296,9 @@ def is_good(result: dict[str, Any]) -> bool:
 
 def run_all(args: argparse.Namespace) -> int:
     """Runs what has no result yet; returns the exit status."""
-    rows = dict(method_rows((ROOT / "docs" / "methods.md").read_text(encoding="utf-8")))
+    rows = dict(objective_rows())
+    if not args.objectives:
+        rows = dict(method_rows((ROOT / "docs" / "methods.md").read_text(encoding="utf-8")))
     unknown = sorted(set(args.only or ()) - set(rows))
     if unknown:
         sys.exit(f"no row {', '.join(unknown)}; there are {', '.join(rows)}")
@@ -253,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="rows to train on")
     parser.add_argument("--results", type=Path, default=Path("every_method.jsonl"))
+    parser.add_argument("--objectives", action="store_true", help="the objectives, not the methods")
     parser.add_argument("--only", nargs="+", help="run these rows again")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for a row")
     parser.add_argument("--table", type=Path, help="a Markdown file whose table is written anew")

@@ -223,6 +223,71 @@ def test_several_runs_keep_the_fastest_time_of_a_step() -> None:
     assert fastest(runs).peak_bytes == 6
 
 
+# Preferences
+
+
+def alpaca_rows(count: int) -> list[dict[str, str]]:
+    return [
+        {"instruction": f"question {n}", "input": "x" * (n % 2), "output": f"{n} " + "word " * 100}
+        for n in range(count)
+    ]
+
+
+def test_pairs_are_made_of_rows_of_middle_length() -> None:
+    from preference import EARLIER_CHARACTERS, make_pairs
+
+    rows = [*alpaca_rows(20), {"instruction": "q", "input": "", "output": "short"}]
+    pairs = make_pairs(rows, 8, seed=0)
+    assert pairs == make_pairs(rows, 8, seed=0) != make_pairs(rows, 8, seed=1)
+    for pair in pairs:
+        assert [turn["role"] for turn in pair["prompt"]] == ["user", "assistant", "user"]
+        assert len(pair["prompt"][1]["content"]) <= EARLIER_CHARACTERS
+        number = pair["chosen"].split()[0]
+        assert pair["prompt"][-1]["content"].split("\n")[0] == f"question {number}"
+        assert pair["rejected"].split()[0] != number
+    with pytest.raises(ValueError, match="too few"):
+        make_pairs(rows, 21, seed=0)
+
+
+def test_a_pair_is_cut_where_its_answers_begin() -> None:
+    from types import SimpleNamespace
+
+    from peers.preference_sides import pair_of
+
+    chosen = SimpleNamespace(ids=[1, 2, 3, 4, 9], runs=((2, 2, 1.0),))
+    rejected = SimpleNamespace(ids=[1, 2, 5], runs=((2, 1, 1.0),))
+    expected = {"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}
+    assert pair_of(chosen, rejected) == expected
+    with pytest.raises(ValueError, match="other prompts"):
+        pair_of(chosen, SimpleNamespace(ids=[1, 7, 5], runs=((2, 1, 1.0),)))
+
+
+def test_sides_of_preferences_are_compared_over_common_steps() -> None:
+    from peers.train_work import Work
+    from preference import difficulties, figures, with_ratios
+
+    def run(seconds: float, losses: list[float], again: float = 0.5) -> dict[str, Any]:
+        measured = make_measured(seconds, 1.0, len(losses))
+        found = replace(measured, losses=losses, loss_again=again)
+        return {**asdict(found), "pass_seconds": 0.0}
+
+    work = Work("d", "m", "lora", 8, 4, 2, 64, 1e-4, 0, 1)
+    own = figures([run(1.0, [0.693, 0.69, 0.6, 0.5]), run(3.0, [0.693, 0.69, 0.6, 0.5])], work)
+    assert own["pairs_per_second"] == 2 / 3.0  # [10, 1, 1] and [30, 3, 3] without the first steps
+    short = figures([run(10.0, [0.69, 0.68])], work)
+    found = with_ratios(short, own, own)
+    assert found["loss_difference"] == pytest.approx(0.01 / 0.69)
+    assert difficulties({"peer": found}) == []
+    for text, side in {
+        "not ln 2": {**found, "loss_first": 0.8},
+        "does not fall": {**found, "loss_again": 0.7},
+        "0 or not finite": {**found, "gradient_norms": [1.0, 0.0]},
+        "differs by": {**found, "loss_difference": 0.06},
+    }.items():
+        (problem,) = difficulties({"peer": side})
+        assert text in problem
+
+
 # Settings
 
 

@@ -11,6 +11,7 @@ TunesmithError
 ├── OutOfMemoryError (also MemoryError)  exit 5: memory.*
 ├── DiskError (also OSError)         exit 6: disk.*
 ├── LockError (also OSError)         exit 7: lock.*
+├── RewardError                      exit 8: reward.*    what judges sampled answers failed
 └── Interrupted                      exit 128 + signal: stopped by a signal, nothing lost
 
 Besides, a run that hangs ends itself with exit 75 (`engine/watchdog.py`): to try again may help.
@@ -151,6 +152,12 @@ class LockError(TunesmithError, OSError):
     """Another process works in this run directory."""
 
     exit_code = 7
+
+
+class RewardError(TunesmithError):
+    """What judges sampled answers failed in a run; the last step before it is saved."""
+
+    exit_code = 8
 
 
 class Interrupted(TunesmithError):

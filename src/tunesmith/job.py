@@ -13,6 +13,7 @@ from tunesmith.config.auto import Facts, Resolved, number, resolve
 from tunesmith.config.budget import Needs, Plan
 from tunesmith.config.load import LoadedRecipe
 from tunesmith.config.method import draws_numbers
+from tunesmith.config.policy import SamplingConfig
 from tunesmith.config.recipe import FullConfig, Recipe, SourceConfig
 from tunesmith.data.build import open_store
 from tunesmith.data.check.checker import look_at_start
@@ -57,6 +58,7 @@ from tunesmith.model.teacher import Teacher, check_vocabulary, find_teacher, nee
 from tunesmith.model.vocabulary import with_new_tokens
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.ops.memory_errors import is_out_of_memory
+from tunesmith.rollout.checks import check_context, check_sampling
 from tunesmith.rollout.judge import Judge, open_judge
 from tunesmith.types import Reporter, Tokenizer
 
@@ -111,14 +113,15 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     data = loaded.recipe.data
     check_method(loaded.recipe)
     _check_objective(loaded.recipe)
+    check_sampling(loaded.recipe)
     base = find_model(loaded.recipe.model, reporter, loaded.folder)
     check_weights_exist(base)
     recipe, source = with_adapter(loaded.recipe, base, reporter, loaded.folder)
     tokenizer, goal = load_tokenizer(source), (resolved or recipe).objective
     recipe = with_new_tokens(recipe, tokenizer, source.new_tokens)
     teacher = find_teacher(recipe.objective, reporter, loaded.folder)
-    judge = open_judge(recipe.objective, tokenizer, loaded.locate, reporter)
     renderer, template = build_renderer(tokenizer, data, loaded.folder)
+    judge = open_judge(goal, tokenizer, renderer.traits.end_marks, loaded.locate, reporter)
     config = load_config(source)
     device, sizes = find_device(), measure_config(config, recipe.method, planned_head(goal))
     prepare_machine(device)
@@ -131,14 +134,16 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     for each in filter(None, stores):
         _check_ids(each, sizes, source)
         check_vocabulary(teacher, tokenizer, each.largest_id)
-    needs = _needs(resolved or recipe, sizes, device, teacher, max(_longest(store)))
-    facts = _facts(stores, sources, sizes, needs, device)
+    are_prompts = isinstance(goal, SamplingConfig)
+    needs = _needs(resolved or recipe, sizes, device, teacher, max(_longest(store, are_prompts)))
+    facts = _facts(stores, sources, sizes, needs, device, are_prompts=are_prompts)
     labels = choose_labels(goal, labels_of(config), stores)
     source = replace(source, head=make_head(goal, labels, tokenizer, renderer.traits.end_marks))
     seconds = _seconds_per_token(recipe, sizes, device)
     facts = replace(facts, seconds_per_token=seconds, labels=labels)
     # An earlier start has no `auto` left: then this only plans its memory again, to predict it.
     values = resolve(resolved or recipe, facts)
+    check_context(values.recipe, facts)
     configs = [each.config for each in sources.stored]
     loader, split = _split(values.recipe, configs, stores, device)
     fingerprints = {"base model": fingerprint(source, config), **_fingerprints(stores, split)}
@@ -175,9 +180,8 @@ def _needs(
     used = 0 if kind == "cuda" else used_memory_bytes(device)
     needs = estimate_needs(sizes, recipe, is_bf16=is_bf16, device_kind=kind, used_bytes=used)
     needs = needs_with(teacher, needs, is_bf16=is_bf16, device_kind=kind)
-    return needs_with_sampling(
-        recipe.objective, needs, sizes, longest_tokens=longest_tokens, device_kind=kind
-    )
+    how = (recipe.objective, needs, sizes, longest_tokens)
+    return needs_with_sampling(*how, is_bf16=is_bf16, device_kind=kind)
 
 
 def _fingerprints(stores: tuple[TokenStore, TokenStore | None], split: Split) -> dict[str, str]:
@@ -235,6 +239,8 @@ def _facts(
     sizes: Sizes,
     needs: Needs,
     device: Device,
+    *,
+    are_prompts: bool,
 ) -> Facts:
     rows = np.bincount(stores[0].sample_sources, minlength=len(sources.train))
     rows = rows[: len(sources.train)].tolist()  # without replay
@@ -242,7 +248,7 @@ def _facts(
         source.config.count or source.config.weight * size
         for source, size in zip(sources.train, rows, strict=True)
     ]
-    longest = [_longest(store) for store in stores if store is not None]
+    longest = [_longest(store, are_prompts) for store in stores if store is not None]
     return Facts(
         num_rows=sum(rows),
         draws_per_row=sum(draws) / max(sum(rows), 1),
@@ -338,9 +344,10 @@ def _longest_samples(stores: tuple[TokenStore, TokenStore | None]) -> tuple[int,
     return tuple(np.sort(lengths)[:-257:-1].tolist())
 
 
-def _longest(store: TokenStore) -> tuple[int, int]:
+def _longest(store: TokenStore, are_prompts: bool) -> tuple[int, int]:
     """Tokens of the longest sample that is no raw text, and of the longest one that is."""
-    lengths, is_text = store.longest_of_samples(), store.is_text
+    lengths = store.prompts_of_samples() if are_prompts else store.longest_of_samples()
+    is_text = store.is_text
     return int(lengths[~is_text].max(initial=0)), int(lengths[is_text].max(initial=0))
 
 
@@ -359,7 +366,13 @@ def _split(
     family = OBJECTIVES[recipe.objective.name]
     size = family.group_size
     split = make_split(
-        recipe.data, sources, stores, max_length=max_length, seed=train.seed, group_size=size
+        recipe.data,
+        sources,
+        stores,
+        max_length=max_length,
+        seed=train.seed,
+        group_size=size,
+        are_prompts=isinstance(recipe.objective, SamplingConfig),
     )
     loader = Loader(
         store=stores[0],

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.pack import build_batch, pack, pack_groups
+from tunesmith.data.prefixes import Branch, shared_prefixes
 from tunesmith.data.tokenize import Run, TokenSequence
+from tunesmith.types import PackedBatch
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 LENGTHS = st.lists(st.integers(1, 60), max_size=60)
@@ -236,3 +238,114 @@ def test_last_rows_are_those_of_the_last_tokens() -> None:
             assert batch.ids_T[last_GK].tolist() == [[8, 10, 8]]
             assert len(set(last_GK.flatten().tolist())) == 3
             assert batch.position_T[last_GK].tolist() == [[5, 6, 5]]
+
+
+# Samples of several sequences
+
+Ids = npt.NDArray[np.int32]
+
+
+@st.composite
+def samples_of_pairs(draw: st.DrawFn) -> list[list[Ids]]:
+    """Pairs whose prompts go on from a few beginnings, which go on from each other."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    lengths = st.integers(2, 40)
+
+    def longer(start: Ids) -> Ids:
+        most = draw(st.sampled_from([2, 1000]))
+        return np.concatenate([start, rng.integers(0, most, draw(lengths))]).astype(np.int32)
+
+    beginnings = [np.empty(0, dtype=np.int32)]
+    samples: list[list[Ids]] = []
+    for _ in range(draw(st.integers(1, 12))):
+        prompt = draw(st.sampled_from(beginnings))
+        if draw(st.booleans()):
+            prompt = longer(prompt)
+            beginnings.append(prompt)
+        samples.append([longer(prompt), longer(prompt)])
+    return samples
+
+
+def stored(forest: list[Branch]) -> int:
+    return sum(branch.num_stored for branch in forest)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(samples_of_pairs(), st.integers(20, 400), st.booleans())
+def test_samples_stay_together_within_the_budget(
+    samples: list[list[Ids]], budget: int, shares: bool
+) -> None:
+    bins = pack_groups(samples, budget, share_prefixes=shares)
+    rows = [(n // 2, ids) for n, ids in enumerate(ids for each in samples for ids in each)]
+    whole = [(n, TokenSequence(ids, ((len(ids) - 1, 1, 1.0),))) for n, ids in rows]
+    seen: list[int] = []
+    for forest in bins:
+        batch = build_batch(whole, forest, group_size=2)
+        assert batch.num_stored_tokens == stored(forest)
+        assert stored(forest) <= budget or len(batch.group_GK) == 1
+        leaves = sorted(leaf.sequence for branch in forest for leaf in branch.leaves())
+        assert batch.num_tokens == sum(len(rows[leaf][1]) for leaf in leaves)
+        own = list(dict.fromkeys(leaf // 2 for leaf in leaves))
+        assert leaves == [2 * sample + side for sample in own for side in (0, 1)]
+        seen += own
+        # Each sample finds its own two answers, in their order.
+        last_GK = batch.last_S[batch.group_GK]
+        ends = [[int(ids[-1]) for ids in samples[sample]] for sample in own]
+        assert batch.ids_T[last_GK].tolist() == ends
+        lengths = [[len(ids) - 1 for ids in samples[sample]] for sample in own]
+        assert batch.position_T[last_GK].tolist() == lengths
+        assert batch.sample_N.tolist() == [own[i // 2] for i in order_in(batch.group_GK)]
+        read_back(batch, sorted(rows[leaf][1].tolist() for leaf in leaves))
+    assert sorted(seen) == list(range(len(samples)))
+    if shares:
+        separate = sum(stored(shared_prefixes(sample)) for sample in samples)
+        plain = sum(len(ids) for _, ids in rows)
+        assert sum(map(stored, bins)) <= separate + 0.03 * plain
+    else:
+        assert not any(branch.children for forest in bins for branch in forest)
+    assert bins == pack_groups(samples, budget, share_prefixes=shares)
+
+
+def order_in(group_GK: torch.Tensor) -> list[int]:
+    """Places of sequences in the groups, in the order of the batch."""
+    return torch.argsort(group_GK.flatten()).tolist()
+
+
+def read_back(batch: PackedBatch, expected: list[list[int]]) -> None:
+    """Every sequence by the path to its segment."""
+    segments, found = batch.segments, list[list[int]]()
+    for segment in set(range(len(segments.lengths))) - set(segments.parents):
+        path = (*segments.ancestors(segment), segment)
+        rows = [r for one in path for r in range(segments.starts[one], segments.starts[one + 1])]
+        assert batch.position_T[rows].tolist() == list(range(len(rows)))
+        found.append(batch.ids_T[rows].tolist())
+    assert sorted(found) == expected
+
+
+def test_ten_pairs_of_one_prompt() -> None:
+    """The prompt is there once, where each pair had a copy: 2,160 of 6,000 tokens are left."""
+    rng = np.random.default_rng(0)
+
+    def tokens(count: int) -> Ids:
+        return rng.integers(0, 1000, count).astype(np.int32)
+
+    prompt = tokens(200)
+    pairs = [[np.concatenate([prompt, tokens(100)]) for _ in range(2)] for _ in range(10)]
+    pairs[3][1][200:240] = pairs[3][0][200:240]  # the answers of one pair begin alike, too
+    (forest,) = pack_groups(pairs, 4096, share_prefixes=True)
+    assert (stored(forest), sum(len(ids) for pair in pairs for ids in pair)) == (2160, 6000)
+    (root,) = forest
+    assert root.stop == 200
+    assert [len(child.children) for child in root.children].count(0) == 18
+    assert sum(stored(shared_prefixes(pair)) for pair in pairs) == 10 * 400 - 40
+    # A budget that cannot hold them all: each bin has its own copy of the prompt.
+    bins = pack_groups(pairs, 1000, share_prefixes=True)
+    assert sorted(map(stored, bins)) == [560, 1000, 1000]
+
+
+def test_samples_without_a_common_beginning_share_none() -> None:
+    one, other = np.arange(50, dtype=np.int32), np.arange(100, 150, dtype=np.int32)
+    (forest,) = pack_groups([[one, other], [other, one]], 1000, share_prefixes=True)
+    assert [(b.sequence, b.first, b.stop, b.children) for b in forest] == [
+        (number, 0, 50, ()) for number in range(4)
+    ]

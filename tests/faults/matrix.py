@@ -29,8 +29,13 @@ ROWS: dict[int, tuple[str, str]] = {
     8: ("a row of the data edited before a resume", "refused by the file's name"),
     9: ("a change of the recipe's numbers", "refused with old and new values"),
     10: ("SIGKILL with packing", "identical packs"),
+    11: (
+        "SIGKILL with half-used answers (GRPO, PPO)",
+        "the same answers out of the checkpoint, the same bits",
+    ),
     12: ("state of the guards", "a resumed run decides as the uninterrupted one"),
     13: ("other parameters than were saved", "refused with their names"),
+    14: ("SIGKILL and SIGTERM with each objective", "the same bits, PPO's value head included"),
     16: ("SIGKILL at every write of a save", "an earlier whole checkpoint; temporaries go"),
     17: ("an empty newer directory", "passed over with a warning"),
     18: ("the newest checkpoint truncated", "the one before; the bad one is kept aside"),
@@ -81,8 +86,6 @@ ROWS: dict[int, tuple[str, str]] = {
 
 LATER: dict[int, str] = {
     6: "another number of processes: comes with training on many cards",
-    11: "half-used rollouts of GRPO: comes with that objective",
-    14: "DPO, KTO, PPO, reward models: row 1 for each, as they come",
     15: "an interrupted prediction: comes with `tunesmith predict`",
     32: "a data worker killed: there are none, a thread makes the batches",
     33: "the job server killed: comes with the server",

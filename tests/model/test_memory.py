@@ -181,6 +181,9 @@ def test_static_memory_by_method() -> None:
     nf4 = recipe(model={"id": "m", "quantize": "nf4"})
     saved = in_bf16.weight_bytes - estimate_needs(lora, nf4, is_bf16=True).weight_bytes
     assert saved == pytest.approx(1.48 * lora.num_linear, rel=0.01)
+    int8 = recipe(model={"id": "m", "quantize": "int8"})
+    saved = in_bf16.weight_bytes - estimate_needs(lora, int8, is_bf16=True).weight_bytes
+    assert saved == pytest.approx(lora.num_linear, rel=0.01)
 
 
 def test_only_a_gpu_offloads() -> None:

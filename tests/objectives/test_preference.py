@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from engine.runs import final_bytes, make_run, run_and_stop, run_to_end
+from tunesmith.data.pack import pack_groups
+from tunesmith.data.prefixes import Branch
 from tunesmith.engine.step import Run, evaluate_loss, update
+from tunesmith.errors import DataError
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.preference import PreferenceObjective
 from tunesmith.objectives.preference_losses import PAIR_KINDS, pair_terms
@@ -91,6 +94,17 @@ def separate_logp(run: Run, batch: PackedBatch) -> torch.Tensor:
     return torch.stack(found).view(-1, 2)
 
 
+def sequences_of(run: Run, samples: tuple[int, ...]) -> list[list[Any]]:
+    """The token ids of each sample's sequences."""
+    store = run.loader.store
+    return [[store.sequence(i).ids for i in store.sequences_of(sample)] for sample in samples]
+
+
+def stored(forest: list[Branch]) -> int:
+    """Tokens that are computed."""
+    return sum(branch.num_stored for branch in forest)
+
+
 @pytest.mark.parametrize("kind", ["dpo", "ipo", "simpo", "orpo"])
 def test_shared_prompts_equal_separate_forwards(pairs: Callable[..., Path], kind: str) -> None:
     """Losses and gradients in fp64 of a pack, against one forward for each answer."""
@@ -101,8 +115,11 @@ def test_shared_prompts_equal_separate_forwards(pairs: Callable[..., Path], kind
             for parameter in parameters:
                 parameter.copy_(0.05 * torch.randn(parameter.shape, dtype=torch.float64))
         (batch,) = run.loader.batch(0).micro_batches
-        assert batch.num_stored_tokens < batch.num_tokens  # prompts are shared
-        assert batch.segments.parents
+        # Prompts are shared within pairs and, but for their ends, between them.
+        own = pack_groups(sequences_of(run, run.loader.batch(0).sample_ids), 1, share_prefixes=True)
+        assert len(own) == 8
+        assert batch.num_stored_tokens < 0.7 * sum(stored(forest) for forest in own)
+        assert max(len(batch.segments.ancestors(n)) for n in range(len(batch.segments.lengths))) > 1
         run.model.train()
         result = run.objective.step(run.model, batch)
         found = torch.autograd.grad(result.loss_sum, parameters)
@@ -197,6 +214,50 @@ def test_metrics_are_in_the_event_stream(pairs: Callable[..., Path], tmp_path: P
         assert {"reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward"} < set(last)
 
 
+@pytest.mark.parametrize(
+    ("rows", "found", "tries"),
+    [
+        ([{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}],
+         "rows of other kinds alone: a conversation (1)", "objective=sft"),
+        ([{"text": "a"}, {"text": "b"}], "raw text (2)", "objective=pretrain"),
+        ([{"prompt": "q", "completion": "a"}] * 2 + [{"text": "b"}],
+         "a prompt with its completion (2), raw text (1)",
+         "objective=sft, which learns from such rows; or objective=pretrain"),
+        ([{"prompt": "q", "completion": "a", "label": True}] * 30,
+         "a rated answer (30)", "objective=kto"),
+    ],
+)  # fmt: skip
+def test_data_without_any_pair_is_named_once(
+    pairs: Callable[..., Path], tmp_path: Path, rows: list[Any], found: str, tries: str
+) -> None:
+    """One error for the file, which says what to write or which objective fits."""
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for policy in ("stop", "drop"):
+        data = {"train": str(path), "validation": 0, "bad_rows": policy}
+        with pytest.raises(DataError) as caught, make_run(pairs(data=data)):
+            pass
+        (problem,) = caught.value.problems
+        assert (problem.code, problem.where) == ("data.kind", str(path))
+        assert found in problem.found
+        assert "a `chosen` and a `rejected` answer" in problem.expected
+        assert tries in (caught.value.try_ or "")
+        assert caught.value.num_problems == 1
+
+
+def test_a_row_of_another_kind_among_pairs_is_named(
+    pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Where some rows fit, each other one is a problem of its own."""
+    path = tmp_path / "mixed.jsonl"
+    recipe = pairs(data={"train": str(path)})
+    path.write_text(write_pairs(tmp_path, 3).read_text() + json.dumps({"text": "raw"}) + "\n")
+    with pytest.raises(DataError) as caught, make_run(recipe):
+        pass
+    assert [problem.where for problem in caught.value.problems] == [f"{path}:4"]
+    assert "correct these rows" in (caught.value.try_ or "")
+
+
 def test_every_loss_has_a_name() -> None:
     """The recipe's names are the registry's."""
     from typing import get_args
@@ -205,3 +266,20 @@ def test_every_loss_has_a_name() -> None:
 
     assert sorted(get_args(PairName)) == PAIR_NAMES
     assert len(get_args(PairName)) == len(PAIR_KINDS)
+
+
+def test_autocast_forgets_the_reference(pairs: Callable[..., Path]) -> None:
+    """Half precision, an adapter that does not begin as nothing: the loss must leave ln 2.
+
+    Autocast keeps a cast for each parameter, whose values the reference swaps.
+    """
+    recipe = pairs("dpo", train={"learning_rate": 0.05, "warmup": 0}, method="loha")
+    with make_run(recipe, "model.dtype=bfloat16") as run:
+        assert run.autocast_dtype == torch.bfloat16
+        losses = []
+        for step in range(3):
+            found = update(run, run.loader.batch(step), step)
+            assert found is not None
+            losses.append(float(found[0]))
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert losses[2] < losses[0] - 2e-3

@@ -42,6 +42,29 @@ def write_rated(folder: Path, count: int = 40) -> Path:
     return path
 
 
+def with_a_system_prompt(path: Path) -> Path:
+    """The same rows behind a system prompt that all of them share, with an earlier turn."""
+    shared = [
+        {"role": "system", "content": "Answer the questions of guests as a polite host does."},
+        {"role": "user", "content": "Is the house open?"},
+        {"role": "assistant", "content": "Please come in!"},
+    ]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [
+        {
+            "messages": [
+                *shared,
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ],
+            "label": row["label"],
+        }
+        for row in rows
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 @pytest.fixture
 def rated(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """A recipe on rated answers."""
@@ -133,6 +156,51 @@ def test_a_pack_equals_separate_forwards(rated: Callable[..., Path]) -> None:
     assert result.loss_sum.item() == pytest.approx(loss.item(), rel=1e-9)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
+
+
+def test_samples_share_their_beginning(rated: Callable[..., Path], tmp_path: Path) -> None:
+    """A system prompt of all answers is computed once; results are those of separate forwards."""
+    path = with_a_system_prompt(write_rated(tmp_path))
+    recipe = rated(data={"train": str(path), "validation": 0})
+    with rated_run(recipe, "train.micro_batch_tokens=6000", noise=0.1) as run:
+        run.model.double().train()
+        (batch,) = run.loader.batch(0).micro_batches
+        assert batch.group_GK.shape == (8, 2)
+        assert batch.num_stored_tokens < 0.4 * batch.num_tokens
+        result = run.objective.step(run.model, batch)
+        parameters = [parameter for _, parameter in run.parameters]
+        found = torch.autograd.grad(result.loss_sum, parameters)
+        loss, point = separate_loss(run, run.loader.batch(0).sample_ids)
+        expected = torch.autograd.grad(loss, parameters)
+    assert result.metrics["kl"].item() == pytest.approx(8 * point, rel=1e-7)
+    assert result.loss_sum.item() == pytest.approx(loss.item(), rel=1e-9)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("train_on", ["all", "last", [1]])
+def test_the_last_answer_alone_was_rated(
+    rated: Callable[..., Path], tmp_path: Path, train_on: Any
+) -> None:
+    """Earlier turns are part of the prompt, whatever `data.train_on` says."""
+    path = with_a_system_prompt(write_rated(tmp_path, 9))
+    lines = path.read_text().splitlines()
+    data = {"train": str(path), "validation": 0, "train_on": train_on}
+    with rated_run(rated(data=data)) as run:
+        store = run.loader.store
+        for sample in range(9):
+            (index,) = store.sequences_of(sample)
+            sequence = store.sequence(index)
+            ((_, count, weight),) = sequence.runs
+            assert weight == 1.0
+            row = json.loads(lines[store.origin(sample).line - 1])
+            assert count == len(row["messages"][-1]["content"]) + 1  # bytes, and the end mark
+
+
+def test_kto_has_some_answers_to_estimate_from(rated: Callable[..., Path]) -> None:
+    """0.2 % of a small file would be one answer; its relative needs no estimate."""
+    for kind, batch in (("kto", 8), ("apo_zero_unpaired", 1)):
+        with rated_run(rated(kind), "train.global_batch=auto") as run:
+            assert run.recipe.train.global_batch == batch
 
 
 def updated(run: Run, tokens: int, *, look_ahead: bool) -> list[float]:

@@ -139,7 +139,7 @@ def _few_layers(job: Job, num_layers: int) -> Any:
     config.get_text_config().num_hidden_layers = num_layers
     base = random_model(config, is_bf16=recipe.model.dtype == "bfloat16")
     if recipe.model.quantize != "none":
-        quantize_layers(base, base.dtype)
+        quantize_layers(base, base.dtype, recipe.model.quantize)
     model = attach(base, recipe.method).to(job.device.torch_device)
     make_fast(model)
     return model

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tunesmith.cli.console import ConsoleReporter, RunDisplay, quiet_libraries, show_summary
+from tunesmith.config.heads import ClassifyConfig, RewardConfig
 from tunesmith.config.load import LoadedRecipe, load_recipe
 from tunesmith.types import Event, Json
 
@@ -20,7 +21,11 @@ def run_train(
     console = Console()
     loaded = load_recipe(recipe, overrides)
     train_and_show(loaded, console, restart=restart, allow_changes=allow_changes)
-    console.print(f"talk to it: tunesmith chat {loaded.recipe.output}", highlight=False)
+    output = loaded.recipe.output
+    hint = f"talk to it: tunesmith chat {output}"
+    if isinstance(loaded.recipe.objective, RewardConfig | ClassifyConfig):
+        hint = f"try it: tunesmith score {output} data.jsonl"
+    console.print(hint, highlight=False)
 
 
 def train_and_show(

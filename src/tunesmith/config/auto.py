@@ -138,7 +138,11 @@ def resolve(recipe: Recipe, facts: Facts) -> Resolved:
         for name, value in policy_presets(recipe.objective).items():
             fill(f"objective.{name}", value, f"as the authors of {recipe.objective.name} take")
     is_policy = isinstance(recipe.objective, SamplingConfig)
-    spikes = (None, "losses of policies have no level") if is_policy else (6.0, "far outside")
+    spikes = (
+        (None, "losses of policies have no level")
+        if is_policy
+        else (6.0, "what samples differ by is less")
+    )
     fill("guard.spike_sigma", *spikes)
     fill("train.epochs", *auto_epochs(num_train))
     # One answer alone says nothing of a group's mean reward, nor of the KL that KTO estimates.
@@ -221,6 +225,9 @@ def _dtype(facts: Facts) -> tuple[str, str]:
 
 def _max_length(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     text, longest = facts.longest_text_tokens, facts.longest_tokens
+    if isinstance(recipe.objective, SamplingConfig):
+        room = facts.context_tokens - recipe.objective.max_new_tokens
+        return max(8, min(longest, room)), "the longest prompt that leaves room for its answer"
     if recipe.data.overlong in ("auto", "split"):
         text = min(text, TEXT_TOKENS, facts.context_tokens)
         if longest < text:

@@ -259,9 +259,10 @@ def choose_compile(estimated_seconds: float, compiler: str | None) -> tuple[str,
         estimated_seconds: of the whole training without it.
         compiler: what would compile, None if there is none.
     """
-    minutes = f"about {max(1, round(estimated_seconds / 60)):,} minutes of training"
+    count = max(1, round(estimated_seconds / 60))
+    minutes = f"about {count:,} minute{'s' * (count > 1)} of training"
     if estimated_seconds < WORTH_SECONDS:
-        return "off", f"{minutes} win back too little of the compiling (up to a minute)"
+        return "off", f"{minutes} would win back too little of the compiling (up to a minute)"
     if compiler is None:
         return "off", f"{minutes} would gain, but no compiler is here (g++, clang; triton on CUDA)"
     return "kernels", f"{minutes}, {compiler} is here: about {COMPILED_SPEEDUP:g} times as fast"

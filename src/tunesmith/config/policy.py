@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,10 @@ from tunesmith.config.rewards import RewardFunctionConfig
 
 Share = Annotated[float, Field(gt=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
+
+
+USUAL_CLIP = 0.2
+"""Of arXiv 1707.06347 §6.1."""
 
 
 class SamplingConfig(Strict):
@@ -34,7 +38,7 @@ class SamplingConfig(Strict):
     """How far a token's probability may move before it is no longer pulled on; auto is what the
     authors take."""
     clip_high: Auto | Annotated[float, Field(gt=0)] = "auto"
-    """The same upward; auto is `clip`, with dapo and gspo a little more."""
+    """The same upward; auto is `clip`, and with an auto `clip` of dapo and gspo a little more."""
     ratio_cap: Annotated[float, Field(gt=1)] | None = None
     """Bound on the ratio of probabilities where the advantage is negative (dual clip, arXiv
     1912.09729; 3 there); null is none."""
@@ -42,7 +46,9 @@ class SamplingConfig(Strict):
     """Weight of the divergence from the model as it was before training; auto is what the
     authors take."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What samples answers."""
+    """What samples answers: the model in training itself, or a copy of it in vLLM."""
+    engine_memory: Share | None = None
+    """Share of the accelerator's memory that vLLM takes for weights and cache; null is 0.3."""
     engine_weight_cap: Annotated[float, Field(gt=0)] | None = None
     """Weigh each token by its probability here over that in the sampling engine, at most so much
     (2 is usual); null only writes down how far they differ."""
@@ -62,6 +68,23 @@ class SamplingConfig(Strict):
         if isinstance(rewards, str | dict):
             settings["rewards"] = [rewards]
         return settings
+
+    @model_validator(mode="after")
+    def _engine_settings_have_an_effect(self) -> SamplingConfig:
+        if self.engine_memory is not None and self.engine != "vllm":
+            raise ValueError("`engine_memory` together with `engine: vllm`")
+        is_cut = self.top_p < 1 or self.top_k is not None
+        if self.engine == "vllm" and is_cut and self.temperature != 1:
+            # It tells log-probabilities of all tokens, or at the temperature, not both.
+            raise ValueError("`top_p` and `top_k` left out, or temperature 1, with `engine: vllm`")
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        highest = 1 + (self.clip_high if self.clip_high != "auto" else USUAL_CLIP)
+        if self.ratio_cap is not None and self.ratio_cap <= highest:
+            raise ValueError("`ratio_cap` above 1 + `clip_high`")
+        return self
 
     def num_at_once(self, device_kind: str) -> int:
         """Answers in one batch."""
@@ -106,6 +129,8 @@ class GroupConfig(SamplingConfig):
                 "`scale` and `averaging` left out: rloo subtracts the mean of the others, and "
                 "its loss is that of whole answers"
             )
+        if self.name == "rloo" and self.drop_equal is True:
+            raise ValueError("`drop_equal` left out: with rloo the divergence tells answers apart")
         return self
 
 
@@ -128,6 +153,12 @@ class PpoConfig(SamplingConfig):
     there); null keeps the weight."""
     kl_horizon: PositiveInt = 10_000
     """So many answers make up the time scale of that."""
+
+    @model_validator(mode="after")
+    def _target_has_a_weight(self) -> PpoConfig:
+        if self.kl_target is not None and self.kl_weight == 0:
+            raise ValueError("`kl_target` with a `kl_weight` above 0, which it adapts")
+        return self
 
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -159,12 +190,8 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 """What `auto` becomes."""
 
-USUAL_CLIP = 0.2
-"""Of arXiv 1707.06347 §6.1."""
-
 
 def policy_presets(config: GroupConfig | PpoConfig) -> dict[str, object]:
     """What `auto` becomes in each field that may be."""
-    preset = {"clip": USUAL_CLIP, **PRESETS[config.name]}
-    clip = preset["clip"] if config.clip == "auto" else config.clip
-    return {"clip_high": clip, **preset}
+    preset = {"clip": USUAL_CLIP, "clip_high": USUAL_CLIP, **PRESETS[config.name]}
+    return preset if config.clip == "auto" else {**preset, "clip_high": config.clip}

@@ -36,8 +36,9 @@ class ModelConfig(Strict):
     """Branch, tag or commit of a hub id; null takes its default branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Numbers to compute with; auto is bfloat16 where the device is fast at it."""
-    quantize: Literal["none", "nf4"] = "none"
-    """How frozen weights are kept under LoRA; nf4 is 4.13 bits a weight (QLoRA, arXiv 2305.14314).
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """How frozen weights are kept under LoRA; nf4 is 4.13 bits a weight (QLoRA, arXiv 2305.14314),
+    int8 is 8 (LLM.int8(), arXiv 2208.07339) and nearer to the plain weights.
 
     It saves memory and costs time: every pass makes the weights dense again. Needs bitsandbytes."""
     adapter: str | None = None

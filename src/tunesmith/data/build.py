@@ -151,7 +151,7 @@ class _Columns:
 
 
 class _Progress:
-    """What a build knows besides arrays; saved with every shard."""
+    """What a build knows besides arrays; its state is saved with every shard."""
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
         state = state or {}
@@ -162,9 +162,16 @@ class _Progress:
         self.notes = Counter[str](state.get("notes", {}))
         self.files = {(path, sheet): n for n, (path, sheet) in enumerate(state.get("files", []))}
         self.labels = {label: n for n, label in enumerate(state.get("labels", []))}
+        # Of each source: all rows, and those of a kind that the objective cannot learn from.
+        self.rows_of = Counter[int](dict(state.get("rows_of", [])))
+        self.others_of = Counter[tuple[int, str]](
+            {(source, kind): count for source, kind, count in state.get("others_of", [])}
+        )
 
-    def add(self, problem: Problem) -> None:
+    def add(self, problem: Problem, source: int) -> None:
         self.num_bad += 1
+        if problem.code == WRONG_KIND:
+            self.others_of[source, problem.found] += 1
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(problem)
 
@@ -183,8 +190,20 @@ class _Progress:
             "labels": list(self.labels),
         }
 
+    def state(self) -> dict[str, Any]:
+        """What a build that goes on has to know besides what stays with the store."""
+        return {
+            **self.as_json(),
+            "rows_of": list(self.rows_of.items()),
+            "others_of": [[*key, count] for key, count in self.others_of.items()],
+        }
+
     def check(self, inputs: StoreInputs) -> None:
         """Refuses what cannot be trained on."""
+        is_nothing = self.num_rows == self.num_silent + self.num_bad
+        foreign = self._foreign(inputs)
+        if foreign and (is_nothing or not inputs.drop_bad):
+            raise DataError(foreign, try_=self._other_objectives(inputs.kinds))
         if self.num_bad and not inputs.drop_bad:
             raise DataError(
                 self.problems,
@@ -194,13 +213,44 @@ class _Progress:
                     "map other column names in the recipe (columns:), or set data.bad_rows=drop"
                 ),
             )
-        if self.num_rows == self.num_silent + self.num_bad:
+        if is_nothing:
             found = "no rows"
             if self.num_rows:
                 found = f"{self.num_bad} bad rows, and {self.num_silent} whose answers all weigh 0"
             code = "data.nothing-to-learn" if self.num_rows else "data.empty-file"
             where = str(inputs.sources[0].files[0])
             raise DataError([Problem(where, code, found, "at least one row to learn from")])
+
+    def _foreign(self, inputs: StoreInputs) -> list[Problem]:
+        """A problem for each source that has no row of a kind that the objective learns from."""
+        others: dict[int, Counter[str]] = {}
+        for (number, kind), count in self.others_of.items():
+            others.setdefault(number, Counter())[kind] = count
+        wanted = ", or ".join(f"{SPOKEN[kind]} ({SHAPES_OF[kind]})" for kind in inputs.kinds)
+        return [
+            Problem(
+                str(inputs.sources[number].files[0]),
+                WRONG_KIND,
+                f"rows of other kinds alone: {_listed(kinds)}",
+                f"for this objective {wanted}",
+            )
+            for number, kinds in sorted(others.items())
+            if kinds.total() == self.rows_of[number]
+        ]
+
+    def _other_objectives(self, kinds: Sequence[str]) -> str:
+        """What to try with data of other kinds."""
+        spoken = {text: kind for kind, text in SPOKEN.items()}
+        found = dict.fromkeys(spoken[text] for _, text in self.others_of)
+        fitting = dict.fromkeys(OBJECTIVES_FOR[kind] for kind in found)
+        tries = [f"objective={name}, which learns from such rows" for name in fitting]
+        if "Rated" in found and "Completion" in kinds:
+            tries.append("`format: completion` or another, which reads rows without their label")
+        return "; or ".join([*tries, "data as docs/data.md shows it"])
+
+
+def _listed(kinds: Counter[str]) -> str:
+    return ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())
 
 
 def _build(inputs: StoreInputs, workplace: Path, folder: Path, reporter: Reporter) -> None:
@@ -257,8 +307,11 @@ def _accepted(rows: Iterable[Sourced], kinds: tuple[str, ...]) -> Iterator[Sourc
             wanted = ", ".join(SPOKEN[kind] for kind in kinds)
             if kind_of(row) == "Rated":
                 wanted += " (`format: completion` or another reads the row without its label)"
-            yield number, Problem(str(row.origin), "data.kind", found, wanted)
+            yield number, Problem(str(row.origin), WRONG_KIND, found, wanted)
 
+
+WRONG_KIND = "data.kind"
+"""The code of a row that the objective cannot learn from."""
 
 SPOKEN = {
     "Conversation": "a conversation",
@@ -269,14 +322,35 @@ SPOKEN = {
     "Labeled": "a text with a label",
 }
 
+SHAPES_OF = {
+    "Conversation": "`messages` with an assistant's answer",
+    "Completion": "a `prompt` and its `completion`",
+    "Text": "a `text`",
+    "Preference": "a `prompt` with a `chosen` and a `rejected` answer",
+    "Rated": "a `prompt`, its `completion` and a `label` (true or false)",
+    "Labeled": "a `text` and its `label`",
+}
+"""How rows of a kind are written, in the shortest of their forms."""
+
+OBJECTIVES_FOR = {
+    "Conversation": "sft",
+    "Completion": "sft",
+    "Text": "pretrain",
+    "Preference": "dpo",
+    "Rated": "kto",
+    "Labeled": "classify",
+}
+"""The usual objective for each kind."""
+
 
 def _add(batch: Batch, columns: _Columns, progress: _Progress) -> None:
     progress.notes += batch.notes
     progress.num_rows += len(batch.rows)
     kept: list[tuple[int, Sample, Sequence[TokenSequence]]] = []
     for source, sample, result in batch:
+        progress.rows_of[source] += 1
         if isinstance(result, Problem):
-            progress.add(result)
+            progress.add(result, source)
         elif not isinstance(sample, Problem) and any(sequence.runs for sequence in result):
             kept.append((source, sample, result))
         else:
@@ -288,7 +362,7 @@ def _save_shard(workplace: Path, number: int, columns: _Columns, progress: _Prog
     folder = workplace / f"shard-{number:06d}"
     with atomic_directory(folder) as temporary:
         columns.save(temporary)
-        state = json.dumps(progress.as_json(), ensure_ascii=False)
+        state = json.dumps(progress.state(), ensure_ascii=False)
         (temporary / "state.json").write_text(state, encoding="utf-8")
         write_manifest(temporary)
     return folder

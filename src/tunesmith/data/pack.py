@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import pairwise
 from typing import Any
@@ -134,7 +135,8 @@ def pack_groups(
 ) -> list[list[Branch]]:
     """Groups sequences into bins of at most `budget` tokens that keep those of a sample together.
 
-    What the sequences of a sample have in common at their beginnings counts once. A sample larger
+    What sequences have in common at their beginnings counts once: within a sample, and between the
+    samples of a bin, each where that saves at least `LEAST_SAVED` of the tokens. A sample larger
     than the budget gets a bin of its own.
 
     Args:
@@ -146,15 +148,41 @@ def pack_groups(
         the bins, each a forest for `build_batch`; sequences are numbered through all samples.
     """
     forests: list[list[Branch]] = []
+    outlines: list[npt.NDArray[np.int32]] = []
     first = 0
-    for group in groups:
+    for number, group in enumerate(groups):
         alone = whole(group)
         forest = shared_prefixes(group) if share_prefixes else alone
         chosen = forest if _is_worth_it(forest, alone) else alone
+        outlines.append(_outline(group, chosen, number))
         forests.append([branch.renumbered(first) for branch in chosen])
         first += len(group)
-    sizes = [sum(branch.num_stored for branch in forest) for forest in forests]
-    return [[b for index in sorted(m) for b in forests[index]] for m in pack(sizes, budget)]
+    bins = pack_sequences(outlines, budget, share_prefixes=share_prefixes)
+    return [[b for branch in members for b in _grafted(branch, forests)] for members in bins]
+
+
+def _outline(
+    group: Sequence[npt.NDArray[np.int32]], forest: Sequence[Branch], number: int
+) -> npt.NDArray[np.int32]:
+    """One sequence as long as a sample's forest, with what is common to all of the sample first.
+
+    The rest of it is a token that no other sample has, so nothing behind that is ever shared.
+    """
+    common = group[forest[0].sequence][: forest[0].stop] if len(forest) == 1 else group[0][:0]
+    rest = sum(branch.num_stored for branch in forest) - len(common)
+    return np.concatenate([common, np.full(rest, -1 - number, dtype=np.int32)])
+
+
+def _grafted(branch: Branch, forests: Sequence[Sequence[Branch]]) -> Sequence[Branch]:
+    """A branch of outlines with the forests that they stand for at its ends."""
+    if branch.children:
+        children = [part for child in branch.children for part in _grafted(child, forests)]
+        return [Branch(children[0].sequence, branch.first, branch.stop, tuple(children))]
+    forest = forests[branch.sequence]
+    if not branch.first:
+        return forest
+    (only,) = forest
+    return only.children if branch.first == only.stop else [replace(only, first=branch.first)]
 
 
 def _is_worth_it(forest: Sequence[Branch], alone: Sequence[Branch]) -> bool:

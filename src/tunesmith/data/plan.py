@@ -51,6 +51,7 @@ def make_split(
     max_length: int,
     seed: int,
     group_size: int = 0,
+    are_prompts: bool = False,
 ) -> Split:
     """Chooses training and validation samples.
 
@@ -66,6 +67,7 @@ def make_split(
         seed: of the choice.
         group_size: sequences that each sample must have, 0 for any number: then they are compared,
             and none may be cut.
+        are_prompts: only what stands before the last answer counts, and none may be cut.
 
     Raises:
         DataError: nothing is left to train on (`data.nothing-to-learn`), or a sample has another
@@ -77,12 +79,13 @@ def make_split(
         for each in filter(None, stores):
             _check_groups(each, group_size)
     source_of = store.sample_sources
-    usable, counts = _usable(store, data, max_length, "data.train")
+    limit = (max_length, are_prompts)
+    usable, counts = _usable(store, data, *limit, "data.train")
     is_replay = source_of[usable] == (len(sources) - 1 if data.replay else -1)
     own, replay = usable[~is_replay], usable[is_replay]
     _require(own, "data.train", max_length)
     if validation_store is not None:
-        validation, of_validation = _usable(validation_store, data, max_length, "data.validation")
+        validation, of_validation = _usable(validation_store, data, *limit, "data.validation")
         _require(validation, "data.validation", max_length)
         train, held_out_hashes = own, validation_store.sample_hashes[validation]
     else:
@@ -192,11 +195,12 @@ def _check_cut_prompts(count: int, num_samples: int, max_length: int, where: str
 
 
 def _usable(
-    store: TokenStore, data: DataConfig, max_length: int, where: str
+    store: TokenStore, data: DataConfig, max_length: int, are_prompts: bool, where: str
 ) -> tuple[npt.NDArray[np.int64], Counts]:
     """The samples to use, and what becomes of the others."""
-    is_overlong = store.longest_of_samples() > max_length
-    is_dropped = is_overlong & (data.overlong == "drop")
+    lengths = store.prompts_of_samples() if are_prompts else store.longest_of_samples()
+    is_overlong = lengths > max_length
+    is_dropped = is_overlong & (are_prompts or data.overlong == "drop")
     is_split = is_overlong & (
         (data.overlong == "split") | (store.is_text & (data.overlong == "auto"))
     )

@@ -19,7 +19,7 @@ from tunesmith.data.tokenize import TokenSequence
 from tunesmith.io.manifest import file_sha256
 from tunesmith.types import Origin, Sample
 
-STORE_VERSION = 8
+STORE_VERSION = 9
 """Goes into the key: raise it when rendering or tokenization changes."""
 
 ARRAYS = {
@@ -190,6 +190,11 @@ class TokenStore:
         skipped = ((stops - starts > 1) & (self.meta["prompt_weight"] > 0)).astype(np.int64)
         first[has_runs] = self._arrays["run_first"][(starts + skipped)[has_runs]]
         return np.minimum.reduceat(first, self._sample_offsets[:-1])
+
+    def prompts_of_samples(self) -> npt.NDArray[np.int64]:
+        """Tokens before each sample's last answer, in the sequence that has it."""
+        last = self._sample_offsets[1:] - 1
+        return self._arrays["run_first"][self._run_offsets[1:][last] - 1].astype(np.int64)
 
     def longest_of_samples(self) -> npt.NDArray[np.int64]:
         """Tokens of each sample's longest sequence."""

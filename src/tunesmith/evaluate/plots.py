@@ -7,29 +7,38 @@ from typing import Any
 
 from tunesmith.io.atomic import write_atomic
 
-MEASURES = ("reward", "reward_accuracy", "accuracy")
-"""What a run is looked at by, if it has it, above its loss: higher is better."""
+PANELS = {
+    "reward": ("reward", "answer_tokens"),
+    "reward_accuracy": ("reward_accuracy", "loss"),
+    "accuracy": ("accuracy", "loss"),
+}
+"""What is drawn of a run that has such a figure. The loss of policies says nothing: advantages have
+the mean 0."""
+
+LABELS = {
+    "reward": "mean reward",
+    "reward_accuracy": "accuracy of rewards",
+    "answer_tokens": "tokens of an answer",
+}
 
 
 def plot_loss(events: list[dict[str, Any]], file: Path, title: str) -> None:
     """Draws training and validation loss over the steps into a PNG file.
 
-    Rewards or accuracies, where a run has them, stand in a panel above. A loss of policies is only
-    that of training: their validation is the reward.
+    Accuracies, where a run has them, stand in a panel above; rewards take the place of the loss.
     """
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    measure = next((n for n in MEASURES if any(n in event for event in events)), None)
-    names = [measure, "loss"] if measure else ["loss"]
+    measure = next((n for n in PANELS if any(n in event for event in events)), "loss")
+    names = PANELS.get(measure, ("loss",))
     figure = Figure(figsize=(8, 1.5 + 3 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(all_axes, names, strict=True):
-        is_negative_reward = name == "loss" and measure == "reward"
-        _draw(axes, events, name, is_measured=not is_negative_reward)
+        _draw(axes, events, name, has_best=name in (measure, "loss"))
     all_axes[0].set_title(title)
     all_axes[-1].set_xlabel("step")
     buffer = io.BytesIO()
@@ -37,14 +46,11 @@ def plot_loss(events: list[dict[str, Any]], file: Path, title: str) -> None:
     write_atomic(file, buffer.getvalue())
 
 
-LABELS = {"loss": "loss", "reward": "mean reward", "reward_accuracy": "accuracy of rewards"}
-
-
-def _draw(axes: Any, events: list[dict[str, Any]], name: str, *, is_measured: bool) -> None:
+def _draw(axes: Any, events: list[dict[str, Any]], name: str, *, has_best: bool) -> None:
     """One panel: a figure of training steps, and of validations."""
     known = [event for event in events if event.get(name) is not None]  # null: not finite
     steps = [event for event in known if event["event"] == "step"]
-    measured = [event for event in known if event["event"] == "evaluation" and is_measured]
+    measured = [event for event in known if event["event"] == "evaluation"]
     x, y = [e["step"] for e in steps], [e[name] for e in steps]
     smooth = _smooth(y, weight=0.9 if len(y) > 50 else 0.6)
     axes.plot(x, y, color="tab:blue", alpha=0.3, linewidth=1)
@@ -52,8 +58,10 @@ def _draw(axes: Any, events: list[dict[str, Any]], name: str, *, is_measured: bo
     if measured:
         at, values = [e["step"] for e in measured], [e[name] for e in measured]
         axes.plot(at, values, color="tab:orange", marker="o", label="validation")
-        _mark_best(axes, [e for e in measured if e["step"]], name)
+        _mark_best(axes, [e for e in measured if e["step"] and has_best], name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(LABELS.get(name, name))
+    axes.margins(y=0.12)  # room for a word above the best point
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -67,7 +75,7 @@ def _mark_best(axes: Any, measured: list[dict[str, Any]], name: str) -> None:
         f"best {best[name]:.3f}",
         (best["step"], best[name]),
         textcoords="offset points",
-        xytext=(0, 10),
+        xytext=(0, 8),
         ha="center",
     )
 

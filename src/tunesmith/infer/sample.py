@@ -102,7 +102,7 @@ def draw_tokens(
         return id_B1[:, 0], logits_BV.float().log_softmax(-1).gather(1, id_B1)[:, 0]
     p_BV = (logits_BV.float() / drawing.temperature).softmax(-1)
     is_cut = drawing.top_p < 1 or drawing.top_k is not None
-    id_B1 = _invert(_allowed(p_BV, drawing) if is_cut else p_BV, uniform_B.double()[:, None])
+    id_B1 = _invert(_allowed(p_BV, drawing) if is_cut else p_BV, uniform_B[:, None])
     return id_B1[:, 0], p_BV.gather(1, id_B1)[:, 0].log()
 
 
@@ -113,11 +113,13 @@ twice as long as the head (49,152 tokens, a CPU)."""
 
 def _invert(p_BV: torch.Tensor, uniform_B1: torch.Tensor) -> torch.Tensor:
     """The tokens at some shares of the cumulated probabilities, `id_B1`; these need no sum of 1."""
+    if p_BV.device.type == "mps":  # knows no double precision
+        return _invert(p_BV.cpu(), uniform_B1.cpu()).to(p_BV.device)
     missing = -p_BV.shape[1] % BLOCK_TOKENS
     p_BNR = torch.nn.functional.pad(p_BV, (0, missing)).unflatten(1, (-1, BLOCK_TOKENS))
     # Double precision: in single, the sum over 150,000 tokens may end at 0.9999.
     end_BN = p_BNR.sum(-1).double().cumsum(-1)
-    point_B1 = uniform_B1 * end_BN[:, -1:]
+    point_B1 = uniform_B1.to(end_BN) * end_BN[:, -1:]
     block_B1 = _first_above(end_BN, point_B1)
     inside_BR = p_BNR.take_along_dim(block_B1[..., None], 1)[:, 0].double()
     start_B1 = torch.nn.functional.pad(end_BN, (1, 0)).gather(1, block_B1)
@@ -195,7 +197,7 @@ class _Answers:
 
     def draw(self, uniform_AL: torch.Tensor, drawing: Drawing) -> None:
         """Draws a token of each that goes on."""
-        uniform_B = uniform_AL[self.rows, self.num_drawn].to(self.logits_BV.device)
+        uniform_B = uniform_AL[self.rows, self.num_drawn]
         id_B, logp_B = draw_tokens(self.logits_BV, uniform_B, drawing)
         for row, token, logp in zip(self.rows, id_B.tolist(), logp_B.tolist(), strict=True):
             if not self.has_ended[row]:

@@ -88,7 +88,8 @@ class ScoreModel:
         template: Any = self.tokenizer.apply_chat_template
         text: str = template(list(messages), tokenize=False, **self.template_arguments)
         text = text.rstrip()
-        has_end = any(text.endswith(token) for token in self.tokenizer.all_special_tokens)
+        added = self.tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        has_end = any(text.endswith(token.content) for token in added if token.special)
         return text if has_end else f"{text}{self.tokenizer.eos_token}"
 
     @torch.no_grad()

@@ -298,8 +298,8 @@ def load_model(
         source: from `find_model`.
         dtype: float32, bfloat16, or auto for the files' own.
         attention: a name in transformers' attention registry.
-        quantize: nf4 quantizes the linear layers while they are read, and leaves the model on the
-            accelerator if there is one.
+        quantize: nf4 or int8 quantizes the linear layers while they are read, and leaves the model
+            on the accelerator if there is one.
 
     Raises:
         ModelError: the files cannot be read as such a model (`model.unreadable`), have another
@@ -314,7 +314,7 @@ def load_model(
     folder = fetched(source, "model.unreadable", what, with_weights=True)
     with model_view(folder, source.label, with_weights=True) as view:
         config = _config(source, view)
-        how = {} if is_plain else quantization_arguments(source.label, config, dtype)
+        how = {} if is_plain else quantization_arguments(source.label, config, dtype, quantize)
         if source.head is not None:
             put_head(config, source.head, source.label)
         try:

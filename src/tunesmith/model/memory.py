@@ -33,6 +33,8 @@ from tunesmith.types import PackedBatch, Segments
 
 NF4_BYTES = 0.52
 """Of a weight quantized to NF4 with double quantization: 4.127 bits (arXiv 2305.14314)."""
+INT8_BYTES = 1.005
+"""Of a weight in int8 with an fp32 scale for each row (arXiv 2208.07339): 1 and 4 a row."""
 
 RUNTIME_BYTES = {"cpu": 380 * 2**20, "cuda": 96 * 2**20, "mps": 100 * 2**20}
 """What training takes besides tensors once the weights are there. On a CPU it is the process: 60 MB
@@ -149,8 +151,8 @@ def estimate_needs(
     width = 2 if is_bf16 else 4
     is_full = isinstance(recipe.method, FullConfig)
     weights = sizes.num_parameters * width
-    if recipe.model.quantize == "nf4":
-        weights -= round(sizes.num_linear * (width - NF4_BYTES))
+    quantized_bytes = {"none": width, "nf4": NF4_BYTES, "int8": INT8_BYTES}[recipe.model.quantize]
+    weights -= round(sizes.num_linear * (width - quantized_bytes))
     trains_head = is_full or (
         isinstance(recipe.method, FreezeConfig) and (recipe.method.head or recipe.method.embeddings)
     )

@@ -40,11 +40,14 @@ def open_reference(
         trained = [parameter.data for parameter, _ in copies]
         for parameter, copy in copies:
             parameter.data = copy
+        # Autocast keeps its casts by parameter, whatever values that has by now.
+        torch.clear_autocast_cache()
         try:
             yield
         finally:
             for (parameter, _), values in zip(copies, trained, strict=True):
                 parameter.data = values
+            torch.clear_autocast_cache()
 
     return (
         as_before,

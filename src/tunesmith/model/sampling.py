@@ -25,8 +25,9 @@ def needs_with_sampling(
     objective: ObjectiveConfig,
     needs: Needs,
     sizes: Sizes,
-    *,
     longest_tokens: int,
+    *,
+    is_bf16: bool,
     device_kind: str,
 ) -> Needs:
     """What a training needs that samples answers of its own, if its objective does so.
@@ -36,12 +37,13 @@ def needs_with_sampling(
         needs: of the steps.
         sizes: of the model.
         longest_tokens: of a prompt.
+        is_bf16: whether the model computes in bfloat16.
         device_kind: cpu, cuda or mps.
     """
     if not isinstance(objective, SamplingConfig):
         return needs
     answers = objective.num_at_once(device_kind)
-    width = 2 if needs.weight_bytes < 3 * sizes.num_parameters else 4
+    width = 2 if is_bf16 else 4
     tokens = longest_tokens + objective.max_new_tokens
     cache = answers * tokens * sizes.num_layers * 2 * sizes.key_size * width
     logits = answers * sizes.num_embeddings * LOGIT_BYTES

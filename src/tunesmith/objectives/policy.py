@@ -116,6 +116,7 @@ class PolicyObjective:
         engine_N = engine_weights(old_N, columns["engine_logp"], cap=torch.inf)
         if self.engine_cap is not None:
             weight_N = weight_N * engine_N.clamp(max=self.engine_cap)
+        given_N = batch.weight_N.to(logp_N.dtype)
         loss_sum = (weight_N * loss_N).sum()
         found = {"ratio": ratio_N, "clip_fraction": is_clipped_N, "engine_ratio": engine_N}
         if self.form.kl_weight and ref_N is not None:
@@ -125,8 +126,7 @@ class PolicyObjective:
             found["value_loss"] = value_losses(
                 value_N, columns["value"], columns["return"], clip=self.value_form.clip
             )
-            loss_sum = loss_sum + self.value_form.weight * (weight_N * found["value_loss"]).sum()
-        given_N = batch.weight_N.to(logp_N.dtype)
+            loss_sum = loss_sum + self.value_form.weight * (given_N * found["value_loss"]).sum()
         sums = {name: (given_N * found[name].detach()).sum() for name in self.metric_names}
         return StepResult(loss_sum=loss_sum, metrics=sums)
 

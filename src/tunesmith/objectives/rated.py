@@ -29,7 +29,8 @@ class RatedObjective:
     The point is one for all samples of a step. Where a step has several micro-batches, it must be
     known before the first backward: `look_ahead` on each of them, then `prepared`. Without that,
     each micro-batch takes a point of its own, and loss and gradients depend on the split: close,
-    but not the same. Validation does so.
+    but not the same. Validation does so: looking ahead would double its cost, and evaluations of a
+    run, which have the same packs, can be compared all the same.
 
     `apo_zero_unpaired` has no such point and is the same for any split.
 

@@ -22,9 +22,9 @@ from tunesmith.objectives.policy_losses import Averaging
 from tunesmith.objectives.rewards import Answered, RewardFunction
 from tunesmith.ops.memory_errors import is_out_of_memory
 from tunesmith.rollout.batches import Packing
+from tunesmith.rollout.engines import open_engine
 from tunesmith.rollout.judge import Judge
 from tunesmith.rollout.rollouts import Rollouts
-from tunesmith.rollout.sampler import TransformersEngine
 from tunesmith.types import PackedBatch
 
 
@@ -40,10 +40,10 @@ def with_rollouts(run: Run, judge: Judge | None) -> Run:
         model=run.model,
         objective=objective,
         config=config,
-        engine=_open_engine(run, config),
+        engine=open_engine(run, config),
         judge=replace(judge, functions=tuple(_watched(run, each) for each in judge.functions)),
         drawing=Drawing(
-            stop_ids=tuple(stop_ids(run.model, judge.tokenizer)),
+            stop_ids=tuple({*stop_ids(run.model, judge.tokenizer), *judge.end_ids}),
             max_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
@@ -63,16 +63,6 @@ def with_rollouts(run: Run, judge: Judge | None) -> Run:
     )
     run.checkpoints.extras = rollouts
     return replace(run, rollouts=rollouts)
-
-
-def _open_engine(run: Run, config: SamplingConfig) -> TransformersEngine:
-    # Transformers' own forward wants one type: that of the weights, not of float32 adapters.
-    is_half = run.recipe.model.dtype == "bfloat16"
-    return TransformersEngine(
-        run.model,
-        lambda: torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=is_half),
-        config.num_at_once(run.device.type),
-    )
 
 
 def _averaging(config: GroupConfig | PpoConfig) -> Averaging:

@@ -98,7 +98,8 @@ class Experience:
         about = {
             "number": self.number,
             "sample_ids": self.sample_ids,
-            "facts": dict(self.facts),
+            # The clock is no part of what a resumed run does again, bit by bit.
+            "facts": {n: fact for n, fact in self.facts.items() if n != "sampling_seconds"},
             "kl_weight": self.kl_weight,
         }
         file.parent.mkdir(parents=True, exist_ok=True)

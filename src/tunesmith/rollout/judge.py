@@ -43,9 +43,18 @@ class Judged:
 
 @dataclass(frozen=True)
 class Judge:
-    """Reward functions with their names and weights."""
+    """Reward functions with their names and weights.
+
+    Args:
+        tokenizer: of the model that answers.
+        end_ids: what its chat template ends an answer with, besides the tokenizer's EOS.
+        functions: the reward functions.
+        names: of these.
+        weights: of these.
+    """
 
     tokenizer: Tokenizer
+    end_ids: tuple[int, ...]
     functions: tuple[RewardFunction, ...]
     names: tuple[str, ...]
     weights: tuple[float, ...]
@@ -57,6 +66,7 @@ class Judge:
                 prompt=prompt.text,
                 answer=str(self.tokenizer.decode(list(drawn.ids), skip_special_tokens=True)),
                 reference=prompt.reference,
+                rendered=str(self.tokenizer.decode(list(drawn.ids), skip_special_tokens=False)),
                 num_tokens=len(drawn.ids),
                 is_complete=drawn.is_complete,
             )
@@ -77,6 +87,7 @@ class Judge:
 def open_judge(
     config: ObjectiveConfig,
     tokenizer: Tokenizer,
+    end_marks: Sequence[str],
     locate: Callable[[str], Path],
     reporter: Reporter,
 ) -> Judge | None:
@@ -85,6 +96,7 @@ def open_judge(
     Args:
         config: the recipe's objective.
         tokenizer: of the model that answers.
+        end_marks: what its chat template ends an answer with.
         locate: turns a path of the recipe into one that can be opened.
         reporter: shows the loading of reward models.
 
@@ -93,8 +105,10 @@ def open_judge(
     """
     if not isinstance(config, SamplingConfig):
         return None
+    known = tokenizer.get_vocab()
     return Judge(
         tokenizer,
+        tuple(known[mark] for mark in end_marks if mark in known),
         tuple(_open_reward(each, locate, reporter) for each in config.rewards),
         numbered([each.kind for each in config.rewards]),
         tuple(each.weight for each in config.rewards),
@@ -120,9 +134,8 @@ class ModelReward:
     model: ScoreModel
 
     def __call__(self, answers: Sequence[Answered]) -> list[float | None]:
-        """A reward model learns from whole answers: the others are scored without an end."""
-        end = str(self.model.tokenizer.eos_token)
-        texts = [f"{a.prompt}{a.answer}{end if a.is_complete else ''}" for a in answers]
+        """An answer that was cut has no end token, as it was sampled."""
+        texts = [answered.prompt + answered.rendered for answered in answers]
         return [*self.model.score(texts, is_rendered=True)]
 
 

@@ -26,6 +26,11 @@ class Prompt:
     reference: str
 
 
+def spoken(text: str) -> str:
+    """An answer without the thinking before it, which some templates add empty to every row."""
+    return text.rpartition("</think>")[2].strip()
+
+
 def prompts_of(loader: Loader, samples: Sequence[int], tokenizer: Tokenizer) -> list[Prompt]:
     """The prompts of some samples of a loader's store."""
     return [_prompt_of(loader, sample, tokenizer) for sample in samples]
@@ -42,5 +47,5 @@ def _prompt_of(loader: Loader, sample: int, tokenizer: Tokenizer) -> Prompt:
         sample,
         ids,
         str(tokenizer.decode(ids, skip_special_tokens=False)),
-        str(tokenizer.decode(answer, skip_special_tokens=True)).strip(),
+        spoken(str(tokenizer.decode(answer, skip_special_tokens=True))),
     )

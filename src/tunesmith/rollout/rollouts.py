@@ -21,7 +21,7 @@ from tunesmith.config.policy import GroupConfig, PpoConfig
 from tunesmith.data.loader import Loader
 from tunesmith.data.order import order, stream_seed
 from tunesmith.engine.oom import TooLargeError, smaller_budget
-from tunesmith.errors import OutOfMemoryError
+from tunesmith.errors import OutOfMemoryError, RewardError
 from tunesmith.infer.sample import Drawing, Drawn
 from tunesmith.io.atomic import write_atomic
 from tunesmith.io.redact import redact
@@ -157,12 +157,20 @@ class Rollouts:
             return None
         seconds = time.perf_counter() - started
         judged = self.judge(prompts, answers)
+        if number == 0 and bool(judged.reward_A.isnan().all()):
+            raise RewardError(
+                "reward.nothing",
+                str(self.loader.origins(samples[:1])[0]),
+                found=f"no reward for any of {len(judged.texts)} answers",
+                expected="at least one that can be judged",
+                try_="a reference in the rows (docs/data.md, prompt), or another reward function",
+            )
         experience = self._experience(number, prompts, answers, judged)
         if self._looks:
             experience = self._looked_at(experience, budget)
         lesson = lesson_of(experience, self.config)
         facts: dict[str, Json] = {
-            **_facts(answers, judged),
+            **_facts(answers, judged, self.drawing),
             **({} if lesson.kl is None else {"kl_of_answers": lesson.kl}),
             "sampling_seconds": round(seconds, 2),
         }
@@ -248,7 +256,7 @@ class Rollouts:
             return None
         judged = self.judge(prompts, answers)
         self._write_down(f"validation-{step:08d}", prompts, judged)
-        facts = _facts(answers, judged)
+        facts = _facts(answers, judged, drawing)
         facts.pop("reward_std")
         return {"loss": -facts["reward"], **facts}
 
@@ -308,8 +316,13 @@ def _write(experience: Experience | None, head: dict[str, torch.Tensor], folder:
         save_file({name: t.contiguous() for name, t in head.items()}, place / VALUE_HEAD)
 
 
-def _facts(answers: Sequence[Sequence[Drawn]], judged: Judged) -> dict[str, float]:
-    """What is worth knowing of answers; those that nobody could judge count nowhere."""
+def _facts(
+    answers: Sequence[Sequence[Drawn]], judged: Judged, drawing: Drawing
+) -> dict[str, float]:
+    """What is worth knowing of answers; those that nobody could judge count nowhere.
+
+    `entropy`, in nats a token, is estimated from the tokens drawn, where all could be.
+    """
     flat = [drawn for own in answers for drawn in own]
     num_tokens = sum(len(drawn.ids) for drawn in flat)
     known = judged.reward_A[~judged.reward_A.isnan()]
@@ -319,11 +332,11 @@ def _facts(answers: Sequence[Sequence[Drawn]], judged: Judged) -> dict[str, floa
     }
     if len(judged.columns) > 1:
         facts |= {f"reward_{n}": float(column.nanmean()) for n, column in judged.columns.items()}
-    return facts | {
-        "answer_tokens": num_tokens / len(flat),
-        "complete": sum(drawn.is_complete for drawn in flat) / len(flat),
-        "entropy": -sum(sum(drawn.logp) for drawn in flat) / num_tokens,
-    }
+    facts["answer_tokens"] = num_tokens / len(flat)
+    facts["complete"] = sum(drawn.is_complete for drawn in flat) / len(flat)
+    if drawing.temperature > 0 and drawing.top_p == 1 and drawing.top_k is None:
+        facts["entropy"] = -sum(sum(drawn.logp) for drawn in flat) / num_tokens
+    return facts
 
 
 def _number(value: torch.Tensor) -> float | None:

@@ -78,7 +78,8 @@ class RenderOptions:
 
     Args:
         arguments: variables of the chat template.
-        train_on: which answers carry loss: all, the last, or numbers (1 first, -1 last).
+        train_on: which answers carry loss: all, the last, or numbers (1 first, -1 last). Of rated
+            samples it is always the last, and of pairs what follows the prompt.
         infill: share of raw texts turned into fill-in-the-middle tasks, with its tokens.
     """
 
@@ -175,8 +176,8 @@ class Renderer:
         return self._render_chat(self._as_conversation(sample))
 
     def _as_conversation(self, sample: Completion | Conversation | Rated) -> Conversation:
-        if isinstance(sample, Rated):
-            sample = sample.conversation
+        if isinstance(sample, Rated):  # whatever `train_on` says: the others were not rated
+            return choose_answers(sample.conversation, "last")
         if isinstance(sample, Completion):
             messages = (Message("user", sample.prompt), Message("assistant", sample.completion))
             return Conversation(messages, sample.origin)

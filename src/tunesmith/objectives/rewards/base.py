@@ -22,6 +22,7 @@ class Answered:
         messages: the conversation before the answer, if known.
         num_tokens: of the answer.
         is_complete: False for an answer that was cut at the token limit.
+        rendered: with its special tokens, as it was sampled.
     """
 
     prompt: str
@@ -30,6 +31,7 @@ class Answered:
     messages: tuple[dict[str, object], ...] = ()
     num_tokens: int = 0
     is_complete: bool = True
+    rendered: str = ""
 
 
 class RewardFunction(Protocol):

@@ -19,7 +19,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
-from tunesmith.errors import TunesmithError, UserError
+from tunesmith.errors import RewardError, TunesmithError, UserError
 from tunesmith.objectives.rewards.base import Answered, checked_rewards
 
 GROUP = "tunesmith.rewards"
@@ -53,7 +53,7 @@ class PythonReward:
         """One reward for each answer.
 
         Raises:
-            TunesmithError: `reward.failed`.
+            RewardError: `reward.failed`.
         """
         # The fourth boundary of style rule 32: the code called is not ours and may raise anything.
         try:
@@ -73,8 +73,8 @@ class PythonReward:
                 return f"answer {row + 1} of {len(answers)}, {answered.answer[:60]!r}"
         return f"{len(answers)} answers together, none of them alone"
 
-    def _failed(self, found: str, row: str = "") -> TunesmithError:
-        return TunesmithError(
+    def _failed(self, found: str, row: str = "") -> RewardError:
+        return RewardError(
             "reward.failed",
             f"reward {self.name}" + (f", {row}" if row else ""),
             found=found,

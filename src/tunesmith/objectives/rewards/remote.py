@@ -13,7 +13,7 @@ from email.message import Message
 from http.client import HTTPException
 from typing import IO, cast
 
-from tunesmith.errors import TunesmithError, UserError
+from tunesmith.errors import RewardError, UserError
 from tunesmith.objectives.rewards.base import Answered, checked_rewards
 
 MAX_RETRY_SECONDS = 30.0
@@ -59,7 +59,7 @@ class HttpReward:
         """One reward for each answer.
 
         Raises:
-            TunesmithError: `reward.http`.
+            RewardError: `reward.http`.
         """
         rewards: list[float | None] = []
         for start in range(0, len(answers), self.batch_size):
@@ -132,8 +132,8 @@ class HttpReward:
             raise self._error(f"rewards of type {type(rewards).__name__}")
         return checked_rewards(cast("list[object]", rewards), num_answers, self._error)
 
-    def _error(self, found: str) -> TunesmithError:
-        return TunesmithError(
+    def _error(self, found: str) -> RewardError:
+        return RewardError(
             "reward.http",
             self.url,
             found=found,

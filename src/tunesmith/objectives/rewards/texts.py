@@ -52,6 +52,8 @@ def _without_punctuation(text: str) -> str:
 class MatchReward:
     """1 where the answer is the reference, or has it in a place; 0 elsewhere.
 
+    What an answer thinks, up to `</think>`, does not count.
+
     Args:
         where: the whole answer, anywhere in it (as whole words), its start, end or last line.
         text: what is looked for instead of the reference.
@@ -72,7 +74,7 @@ class MatchReward:
         wanted = form(answered.reference if self.text is None else self.text)
         if not wanted.strip():
             return None
-        answer = answered.answer
+        answer = answered.answer.rpartition("</think>")[2]
         if self.where == "last_line":
             answer = next((line for line in reversed(answer.splitlines()) if line.strip()), "")
         answer = form(answer)

@@ -7,7 +7,8 @@ The moments belong to R: r times the larger side, in place of both sides multipl
 authors' galore_torch they stay as they are when U is renewed. Differences from it: U comes from the
 eigenvectors of G G^T, which span the same space in a sixth of the time (576 x 1536); each is signed
 so that its largest number is positive, where LAPACK's sign is arbitrary; weights decay before the
-update, not after it. Until the first good update has made U, it is random.
+update, not after it. An update that is skipped makes no U: then the one after it does. Until one
+of these two has made the first U, it is random.
 
 Every T updates the host may wait for the device: eigenvectors are found step by step.
 
@@ -43,11 +44,16 @@ class GaloreSettings:
     scale: float = 2.0
 
 
+ATTEMPTS = 2
+"""Updates at the beginning of a period that make a basis, unless the one before has."""
+
+
 @dataclass(frozen=True)
 class LowRankState:
-    """What is remembered of one matrix."""
+    """What is remembered of one matrix; `period_1` is the number of its last basis."""
 
     basis_SR: torch.Tensor
+    period_1: torch.Tensor
     first_RL: torch.Tensor
     second_RL: torch.Tensor
 
@@ -73,9 +79,13 @@ class Galore:
     def _direction(
         self, gradient_SL: torch.Tensor, state: LowRankState, update: Update
     ) -> torch.Tensor:
-        if (update.number - 1) % self.settings.update_every == 0:
+        period, place = divmod(update.number - 1, self.settings.update_every)
+        if place < ATTEMPTS:
             basis_SR = main_directions(gradient_SL, state.basis_SR.shape[1])
-            store(state.basis_SR, basis_SR, update.is_kept, update.generator)
+            is_kept = update.is_kept | (state.period_1[0] >= period)
+            store(state.basis_SR, basis_SR, is_kept, update.generator)
+            number_1 = torch.full_like(state.period_1, period)
+            store(state.period_1, number_1, is_kept, update.generator)
         adam = self.settings.adam
         first_RL, second_RL, root_RL = adam_moments(
             state.basis_SR.T @ gradient_SL, (state.first_RL, state.second_RL), adam, update.number
@@ -85,9 +95,10 @@ class Galore:
         return state.basis_SR @ (first_RL / root_RL / (1 - adam.beta1**update.number))
 
     def tensors(self, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
-        """`basis`, `exp_avg` and `exp_avg_sq`."""
+        """`basis`, `period`, `exp_avg` and `exp_avg_sq`."""
         for name, state in zip(layout.names, self.states, strict=True):
             yield f"{name}.basis", state.basis_SR
+            yield f"{name}.period", state.period_1
             yield f"{name}.exp_avg", state.first_RL
             yield f"{name}.exp_avg_sq", state.second_RL
 
@@ -110,7 +121,8 @@ class NewGalore:
             moments = torch.zeros(2, rank, large, device=layout.device)
             # Column by column as LAPACK leaves it; files want rows.
             basis_SR = basis_SR.contiguous().to(layout.device)
-            states.append(LowRankState(basis_SR, moments[0], moments[1]))
+            period_1 = torch.full((1,), -1.0, device=layout.device)
+            states.append(LowRankState(basis_SR, period_1, moments[0], moments[1]))
         return Galore(self.settings, states)
 
 
