@@ -204,6 +204,7 @@ def test_the_teacher_is_frozen_and_its_forward_is_ours(recipe: Callable[..., Pat
     assert 0 <= agreement <= 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_for_bit_the_same(recipe: Callable[..., Path], tmp_path: Path) -> None:
     path = recipe(objective={"divergence": "jsd", "sft_weight": 0.2})
     run_to_end(path, tmp_path / "whole")

@@ -236,7 +236,7 @@ def test_the_same_seed_draws_the_same_head(recipe_of: Callable[..., Path], tmp_p
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        ("reward", "lora"),
+        pytest.param("reward", "lora", marks=pytest.mark.slow),
         pytest.param("classify", "freeze", marks=pytest.mark.slow),
         pytest.param("classify", "lora", marks=pytest.mark.slow),
         pytest.param("reward", "full", marks=pytest.mark.slow),

@@ -130,6 +130,7 @@ def test_a_second_start_takes_what_is_kept(
         assert counted[0] > some
 
 
+@pytest.mark.slow
 def test_a_pass_that_is_cut_off_goes_on(
     recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +216,7 @@ def a_pass(loader: Loader, most_tokens: int, folder: Path) -> ReferencePass:
     return ReferencePass(loader, {}, measure, folder)
 
 
+@pytest.mark.slow
 def test_less_at_once_where_memory_ends(recipe: Callable[..., Path], tmp_path: Path) -> None:
     with fresh_run(recipe(), "train.micro_batch_tokens=400") as run:
         loader = replace(run.loader, reference=None)

@@ -69,6 +69,7 @@ def test_what_a_template_thinks_is_no_reference() -> None:
     assert spoken(" 4 ") == "4"
 
 
+@pytest.mark.slow
 def test_the_reference_of_qwen_is_the_rows_own(
     tokenizers_folder: Path, tiny_recipe: Callable[..., Path]
 ) -> None:

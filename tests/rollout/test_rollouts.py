@@ -23,6 +23,7 @@ from tunesmith.rollout.rollouts import Rollouts
 from tunesmith.types import GlobalBatch
 
 LETTERS = {"kind": "regex", "pattern": "[a-m]"}
+MORE_STOPS = [("grpo", 4), ("rloo", 3), ("ppo", 6)]
 NAMES = ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "ppo"]
 
 
@@ -178,7 +179,10 @@ def test_mini_batches_part_the_prompts(policy: Callable[..., Path]) -> None:
     assert parts[:3] != parts[3:]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("grpo", "ppo") else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
+)
 def test_rewards_rise(policy: Callable[..., Path], tmp_path: Path, name: str) -> None:
     train = {"epochs": 8, "global_batch": 8, "micro_batch_tokens": 2000, "learning_rate": 0.01}
     train["warmup"] = 0
@@ -195,7 +199,13 @@ def test_rewards_rise(policy: Callable[..., Path], tmp_path: Path, name: str) ->
     assert all(abs(event["engine_ratio"] - 1) < 0.2 for event in learned)
 
 
-@pytest.mark.parametrize(("name", "stop"), [("grpo", 4), ("rloo", 3), ("ppo", 5), ("ppo", 6)])
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        ("ppo", 5),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE_STOPS),
+    ],
+)
 def test_a_resumed_run_is_bit_equal(
     policy: Callable[..., Path], tmp_path: Path, name: str, stop: int
 ) -> None:
