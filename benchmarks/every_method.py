@@ -267,9 +267,9 @@ def read_results(file: Path) -> dict[str, dict[str, Any]]:
     return {result["name"]: result for result in map(json.loads, lines)}
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The results in Markdown."""
-    head = "| method | validation loss before | after | resumed | logits, largest difference |"
+def table(results: list[dict[str, Any]], what: str) -> str:
+    """The results in Markdown; `what` they are of stands above the names."""
+    head = f"| {what} | validation loss before | after | resumed | logits, largest difference |"
     rows = [f"{head} result MiB | seconds | peak MiB |", "|---|---|---|---|---|---|---|---|"]
     for result in results:
         if "error" in result:
@@ -311,10 +311,11 @@ def run_all(args: argparse.Namespace) -> int:
             file.write(json.dumps(results[name]) + "\n")
         print(json.dumps(results[name]), flush=True)
     done = [results[name] for name in rows if name in results]
-    text = table(done)
+    what = "objective" if args.objectives else "method"
+    text = table(done, what)
     print(text)
     if args.table is not None:
-        before = args.table.read_text(encoding="utf-8").partition("\n| method")[0]
+        before = args.table.read_text(encoding="utf-8").partition(f"\n| {what} ")[0]
         args.table.write_text(f"{before.rstrip()}\n\n{text}\n", encoding="utf-8")
     return 0 if all(map(is_good, done)) else 1
 
