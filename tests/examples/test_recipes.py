@@ -126,4 +126,4 @@ def test_the_real_model_is_rewarded_for_sums(tmp_path: Path) -> None:
     assert len(rows) == 2 * 8
     first = json.loads(rows[0])
     assert first["reference"].isdigit()
-    assert first["reward"] == pytest.approx(first["reward_math"] + 0.3 * first["reward_regex"])
+    assert first["reward"] == pytest.approx(first["reward_math"] + 0.3 * first["reward_length"])

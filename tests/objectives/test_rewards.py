@@ -341,7 +341,7 @@ def lengths(answers: list[dict[str, Any]]) -> tuple[int, Any]:
     return 200, {"rewards": [len(answer["answer"]) or None for answer in answers]}
 
 
-ANSWERS = [Answered("p", "abc", "r", ({"role": "user", "content": "p"},)), Answered("p", "", "")]
+ANSWERS = [Answered("p", "abc", "r"), Answered("p", "", "")]
 
 
 def test_http_sends_batches_and_headers(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,12 +353,7 @@ def test_http_sends_batches_and_headers(server: Server, monkeypatch: pytest.Monk
     assert [len(answers) for _, answers in server.requests] == [2, 1]
     headers, (first, _) = server.requests[0]
     assert headers["Authorization"] == "Bearer hidden"
-    assert first == {
-        "prompt": "p",
-        "answer": "abc",
-        "reference": "r",
-        "messages": [{"role": "user", "content": "p"}],
-    }
+    assert first == {"prompt": "p", "answer": "abc", "reference": "r"}
 
 
 def test_http_tries_again(server: Server) -> None:

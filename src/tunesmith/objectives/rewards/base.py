@@ -19,7 +19,6 @@ class Answered:
         prompt: the rendered prompt as text.
         answer: as text, without special tokens.
         reference: the data row's own answer; empty if it has none.
-        messages: the conversation before the answer, if known.
         num_tokens: of the answer.
         is_complete: False for an answer that was cut at the token limit.
         rendered: with its special tokens, as it was sampled.
@@ -28,7 +27,6 @@ class Answered:
     prompt: str
     answer: str
     reference: str
-    messages: tuple[dict[str, object], ...] = ()
     num_tokens: int = 0
     is_complete: bool = True
     rendered: str = ""

@@ -39,7 +39,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class HttpReward:
     """Posts answers to a server, `batch_size` at a time, and takes what it says.
 
-    It sends `{"answers": [{"prompt", "answer", "reference", "messages"}, ...]}` and expects
+    It sends `{"answers": [{"prompt", "answer", "reference"}, ...]}` and expects
     `{"rewards": [number or null, ...]}`. What may pass (no connection, no answer in time, status
     408, 429 and 5xx) is tried again, each time after twice as long.
 
@@ -147,5 +147,4 @@ def _as_json(answered: Answered) -> dict[str, object]:
         "prompt": answered.prompt,
         "answer": answered.answer,
         "reference": answered.reference,
-        "messages": list(answered.messages),
     }
