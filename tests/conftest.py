@@ -163,6 +163,7 @@ def write_tiny_recipe(folder: Path, model: Path, *, rows: int = 40, **changes: A
             "learning_rate": 0.01,
         },
         "checkpoint": {"every_steps": 3, "keep": 2},
+        "evaluate": {"samples": 0, "general": None},  # tests of these ask for them
         "output": str(folder / "run"),
     }
     for key, value in changes.items():
@@ -176,6 +177,9 @@ def write_tiny_recipe(folder: Path, model: Path, *, rows: int = 40, **changes: A
 
 
 @pytest.fixture
-def tiny_recipe(tiny_model_folder: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes such a recipe into the test's folder."""
+def tiny_recipe(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Writes such a recipe into the test's folder; runs in this process leave out their reports."""
+    monkeypatch.setattr("tunesmith.results.write_report", lambda folder: folder)
     return partial(write_tiny_recipe, tmp_path, tiny_model_folder)

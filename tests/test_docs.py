@@ -10,7 +10,9 @@ import tunesmith
 from tunesmith.config.load import recipe_from
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = "recipe|data|model|run|checkpoint|numbers|memory|disk|lock|archive|path|reward"
+FAMILIES = (
+    "recipe|data|model|run|checkpoint|numbers|memory|disk|lock|archive|path|reward|evaluate|export"
+)
 CODE = re.compile(rf'"((?:{FAMILIES})\.[a-z]+(?:-[a-z]+)*)"')
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "tunesmith"
 L0 = {"errors", "types"}
 L1 = {"config", "io", "ops"}
 L2_TO_L4 = {"data", "model", "objectives", "infer", "engine", "evaluate", "export", "rollout"}
-EVERYTHING = L0 | L1 | L2_TO_L4 | {"goal", "job", "overview", "reference_pass", "train"}
+EVERYTHING = L0 | L1 | L2_TO_L4 | {"goal", "job", "overview", "reference_pass", "results", "train"}
 
 # Part -> parts it may import; an entry with a dot allows that module alone.
 ALLOWED: dict[str, set[str]] = {
@@ -27,13 +27,15 @@ ALLOWED: dict[str, set[str]] = {
     "rollout": L0 | L1 | {"data", "objectives", "infer", "engine"},
     "evaluate": L0 | L1 | {"objectives.base", "data", "infer"},
     "export": L0 | L1 | {"objectives.base", "model"},
-    "job": EVERYTHING - {"goal", "overview", "reference_pass", "train"},
-    "goal": EVERYTHING - {"overview", "reference_pass", "train"},
-    "overview": EVERYTHING - {"reference_pass", "train"},
+    "job": EVERYTHING - {"goal", "overview", "reference_pass", "results", "train"},
+    "goal": EVERYTHING - {"overview", "reference_pass", "results", "train"},
+    "results": EVERYTHING - {"overview", "reference_pass", "train"},
+    "overview": EVERYTHING - {"reference_pass", "results", "train"},
     "reference_pass": EVERYTHING - {"overview", "train"},
     "train": EVERYTHING,
+    "sweep": EVERYTHING,
     "serve": EVERYTHING,
-    "cli": EVERYTHING | {"serve", "__init__"},
+    "cli": EVERYTHING | {"serve", "sweep", "__init__"},
     "__init__": EVERYTHING,
     "__main__": {"cli"},
 }

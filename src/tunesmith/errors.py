@@ -12,6 +12,8 @@ TunesmithError
 ├── DiskError (also OSError)         exit 6: disk.*
 ├── LockError (also OSError)         exit 7: lock.*
 ├── RewardError                      exit 8: reward.*    what judges sampled answers failed
+├── EvaluationError                  exit 9: evaluate.*  what measures failed, or found no effect
+├── ExportError                      exit 10: export.*   what was written is not what was trained
 └── Interrupted                      exit 128 + signal: stopped by a signal, nothing lost
 
 Besides, a run that hangs ends itself with exit 75 (`engine/watchdog.py`): to try again may help.
@@ -158,6 +160,18 @@ class RewardError(TunesmithError):
     """What judges sampled answers failed in a run; the last step before it is saved."""
 
     exit_code = 8
+
+
+class EvaluationError(TunesmithError):
+    """A model could not be measured, or training has not changed it."""
+
+    exit_code = 9
+
+
+class ExportError(TunesmithError):
+    """What was exported does not answer as what was trained."""
+
+    exit_code = 10
 
 
 class Interrupted(TunesmithError):

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 
 from tunesmith.config.auto import Facts, Resolved, number, resolve
 from tunesmith.config.budget import Needs, Plan
+from tunesmith.config.heads import ClassifyConfig, RewardConfig
 from tunesmith.config.load import LoadedRecipe
 from tunesmith.config.method import draws_numbers
 from tunesmith.config.policy import SamplingConfig
 from tunesmith.config.recipe import FullConfig, Recipe, SourceConfig
 from tunesmith.data.build import open_store
-from tunesmith.data.check.checker import look_at_start
-from tunesmith.data.check.findings import ADVICE
-from tunesmith.data.columns import read_samples
+from tunesmith.data.check.start import findings_at_start
 from tunesmith.data.labels import choose_labels
 from tunesmith.data.loader import Loader
 from tunesmith.data.plan import Split, make_split
@@ -26,6 +24,8 @@ from tunesmith.data.sources import Source, Sources, find_recipe_sources
 from tunesmith.data.store import StoreInputs, TokenStore
 from tunesmith.data.templates import Renderer, build_renderer
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.evaluate.forgetting import general_answers
+from tunesmith.infer.likelihood import GivenAnswer
 from tunesmith.io.cache import cache_folder
 from tunesmith.model.device import (
     Device,
@@ -83,6 +83,10 @@ class Job:
     """Hashes of model and data, by names that a person knows."""
     judge: Judge | None
     """Of sampled answers, where the objective learns from such."""
+    end_ids: tuple[int, ...]
+    """Tokens that the chat template ends an answer with."""
+    general: list[GivenAnswer]
+    """Answers to general questions, which show what the model forgets."""
     num_steps: int
     predicted_bytes: int
     """The peak of memory while training: of the largest of some steps looked at.
@@ -121,13 +125,15 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     recipe = with_new_tokens(recipe, tokenizer, source.new_tokens)
     teacher = find_teacher(recipe.objective, reporter, loaded.folder)
     renderer, template = build_renderer(tokenizer, data, loaded.folder)
-    judge = open_judge(goal, tokenizer, renderer.traits.end_marks, loaded.locate, reporter)
+    known, marks = tokenizer.get_vocab(), renderer.traits.end_marks
+    end_ids = tuple(known[mark] for mark in marks if mark in known)
+    judge = open_judge(goal, tokenizer, end_ids, loaded.locate, reporter)
     config = load_config(source)
     device, sizes = find_device(), measure_config(config, recipe.method, planned_head(goal))
     prepare_machine(device)
     sources = find_recipe_sources(recipe, loaded.locate, reporter)
     store = _open(sources.stored, renderer, recipe, reporter)
-    findings = _look_at_rows(sources, renderer, reporter) if resolved is None else []
+    findings = findings_at_start(sources, renderer, reporter) if resolved is None else []
     held_out = sources.validation
     validation_store = _open(held_out, renderer, recipe, reporter) if held_out else None
     stores = (store, validation_store)
@@ -138,7 +144,7 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     needs = _needs(resolved or recipe, sizes, device, teacher, max(_longest(store, are_prompts)))
     facts = _facts(stores, sources, sizes, needs, device, are_prompts=are_prompts)
     labels = choose_labels(goal, labels_of(config), stores)
-    source = replace(source, head=make_head(goal, labels, tokenizer, renderer.traits.end_marks))
+    source = replace(source, head=make_head(goal, labels, tokenizer, marks))
     seconds = _seconds_per_token(recipe, sizes, device)
     facts = replace(facts, seconds_per_token=seconds, labels=labels)
     # An earlier start has no `auto` left: then this only plans its memory again, to predict it.
@@ -165,6 +171,8 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
         loader=loader,
         fingerprints=fingerprints,
         judge=judge,
+        end_ids=end_ids,
+        general=_general(loaded, renderer),
         num_steps=num_steps,
         predicted_bytes=_predict(loader, num_steps, needs, values.plan),
         teacher=teacher,
@@ -193,6 +201,14 @@ def _fingerprints(stores: tuple[TokenStore, TokenStore | None], split: Split) ->
     # A registry may change what sources give without a change in the recipe.
     shares = (f"{share.draws} of {share.size}" for share in split.shares)
     return found | {"samples of each source": " + ".join(shares)}
+
+
+def _general(loaded: LoadedRecipe, renderer: Renderer) -> list[GivenAnswer]:
+    """What the meter of forgetting reads; nothing of a model that gives scores."""
+    file = loaded.recipe.evaluate.general
+    if file is None or isinstance(loaded.recipe.objective, RewardConfig | ClassifyConfig):
+        return []
+    return general_answers(renderer, None if file == "auto" else loaded.locate(file))
 
 
 LOOKED_AT_STEPS = 16
@@ -407,32 +423,6 @@ def validation_loader(job: Job, loader: Loader) -> Loader | None:
         shares=(),
         mix="shuffle",
     )
-
-
-LOOKED_AT_ROWS = 2000
-"""So many rows are looked at when a training starts; `tunesmith check` looks at all."""
-
-
-def _look_at_rows(sources: Sources, renderer: Renderer, reporter: Reporter) -> list[str]:
-    """What a look at the first rows of each source finds, a line for each code."""
-    share = -(-LOOKED_AT_ROWS // len(sources.train))
-    rows = [
-        row
-        for source in sources.train
-        for row in islice(read_samples(source.config, source.files), share)
-    ]
-    with reporter.waiting("Looking at the first rows"):
-        findings = look_at_start(rows, renderer.specials).findings
-    if not findings.counts:
-        return []
-    return [
-        f"worth a look in the first {len(rows):,} rows (`tunesmith check` looks at all):",
-        *(
-            f"  {count:,} x {code}, first {findings.first[code][0].where}: "
-            f"{findings.first[code][0].found}: {ADVICE[code]}"
-            for code, count in findings.counts.most_common()
-        ),
-    ]
 
 
 def _open(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from tunesmith.config.auto import AUTO_KEYS, OBJECTIVE_KEYS
 from tunesmith.config.budget import SAFE_SHARE
 from tunesmith.config.load import flatten
 from tunesmith.config.recipe import Recipe
 from tunesmith.job import Job
+from tunesmith.model.device import Device
 from tunesmith.types import Json
 
 
@@ -59,6 +63,22 @@ def overview(job: Job, asked: Recipe, more_notes: Sequence[str] = ()) -> dict[st
         "auto": auto,
         "reasons": reasons,
         "predicted_peak_bytes": job.predicted_bytes,
+        "environment": environment_of(job.device),
+    }
+
+
+LIBRARIES = ("tunesmith", "torch", "transformers", "tokenizers", "peft")
+"""What decides a run's numbers, besides Python."""
+
+
+def environment_of(device: Device) -> dict[str, Json]:
+    """The machine and the versions, for whoever wants to repeat a run."""
+    memory = f"{device.memory_bytes / 2**30:.1f} GiB"
+    versions: dict[str, Json] = {"python": platform.python_version()}
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        "device": f"{device.name}, {memory}",
+        "versions": versions | {name: version(name) for name in LIBRARIES},
     }
 
 

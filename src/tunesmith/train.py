@@ -5,23 +5,19 @@ Read this first; every name leads to the module that does the work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 from tunesmith.config.load import LoadedRecipe
 from tunesmith.engine.checkpoint import open_checkpoints
-from tunesmith.engine.events import read_events
 from tunesmith.engine.loop import fit, restore
 from tunesmith.engine.optimizer import build_optimizer
 from tunesmith.engine.rng import seed_run
 from tunesmith.engine.rundir import RunDirectory, open_run
-from tunesmith.engine.session import Session, open_session, summarize
+from tunesmith.engine.session import Session, open_session
 from tunesmith.engine.signals import StopSignal
-from tunesmith.engine.state import TrainState
 from tunesmith.engine.step import Run
-from tunesmith.evaluate.plots import plot_loss
-from tunesmith.export.result import write_result
 from tunesmith.goal import make_objective
 from tunesmith.io.atomic import sweep_temporaries
 from tunesmith.io.fault import fault
@@ -30,10 +26,12 @@ from tunesmith.job import Job, fit_memory, prepare, validation_loader
 from tunesmith.model.adapters import TrainedWeights
 from tunesmith.model.build import build_model
 from tunesmith.model.device import HeapTrimmer, PeakMemory, prepare_machine
+from tunesmith.model.load import load_model
 from tunesmith.objectives.base import own_parameters
 from tunesmith.objectives.lm import SftObjective
 from tunesmith.overview import overview
 from tunesmith.reference_pass import with_reference
+from tunesmith.results import answer_samples, finish, open_meter, with_report
 from tunesmith.rollout.build import with_rollouts
 from tunesmith.types import Json, Listener, Reporter, SilentReporter
 
@@ -45,6 +43,8 @@ def train(
     allow_changes: bool = False,
     reporter: Reporter | None = None,
     listeners: Sequence[Listener] = (),
+    stop: StopSignal | None = None,
+    load: Callable[..., Any] = load_model,
 ) -> tuple[RunDirectory, dict[str, Json]]:
     """Runs a recipe to its end, or goes on with it; returns the run directory and its summary.
 
@@ -54,33 +54,42 @@ def train(
         allow_changes: go on with a run whose recipe or data were others.
         reporter: shows long work.
         listeners: follow the event stream.
+        stop: what can ask the run to save and stop, besides signals.
+        load: gives the base model, see `build_model`.
 
     Raises:
         TunesmithError: see `errors.py`; `Interrupted` after a signal, with all saved.
     """
     reporter = reporter or SilentReporter()
     run_dir = open_run(loaded.recipe, restart=restart, allow_changes=allow_changes)
-    with directory_lock(run_dir.path), StopSignal(str(run_dir.path)) as stop:
+    with directory_lock(run_dir.path), stop or StopSignal(str(run_dir.path)) as stop:
         sweep_temporaries(run_dir.path)
         if run_dir.summary is not None:
             return run_dir, run_dir.summary
         job = prepare(loaded, reporter, run_dir.resolved(loaded.recipe))
-        with open_session(run_dir, stop, loaded.recipe.guard, listeners) as session:
-            run, job, notes = build(job, session, reporter)
+        guard, log = loaded.recipe.guard, loaded.recipe.log
+        opening = open_session(run_dir, stop, guard, listeners, log)
+        with with_report(run_dir.path), opening as session:
+            run, job, notes = build(job, session, reporter, load)
             run_dir.save_recipes(loaded.recipe, job.resolved.recipe, job.resolved.reasons)
             state = restore(run, job.fingerprints, run_dir.changes, allow_changes=allow_changes)
             session.events.emit("start", state.step, overview(job, loaded.recipe, notes))
             peak = PeakMemory(job.device)
             peak.begin_phase()
             with stop.deferred():
+                if not state.step:
+                    answer_samples(run, job, state)
                 state = fit(run, state)
             session.watchdog.pause()
-            summary = finish(run, run_dir, job, state, peak.facts(job.predicted_bytes))
+            summary = finish(run, job, state, peak.facts(job.predicted_bytes))
+            run_dir.save_summary(summary)
             session.events.emit("done", state.step, summary)
     return run_dir, summary
 
 
-def build(job: Job, session: Session, reporter: Reporter) -> tuple[Run, Job, tuple[str, ...]]:
+def build(
+    job: Job, session: Session, reporter: Reporter, load: Callable[..., Any] = load_model
+) -> tuple[Run, Job, tuple[str, ...]]:
     """Model -> objective -> run: loads the weights and puts all parts together.
 
     Returns:
@@ -98,6 +107,7 @@ def build(job: Job, session: Session, reporter: Reporter) -> tuple[Run, Job, tup
             num_tokens=job.num_tokens,
             seed=lambda: seed_run(recipe.train.seed),
             batch_of=None if session.run_dir.has_checkpoint else job.loader.batch,
+            load=load,
         )
     objective, about = make_objective(job, built)
     job = fit_memory(job, lambda tokens: built.measure_memory(SftObjective().step, tokens))
@@ -128,22 +138,8 @@ def build(job: Job, session: Session, reporter: Reporter) -> tuple[Run, Job, tup
         num_steps=job.num_steps,
         peak_bytes=lambda tokens: job.facts.needs.peak_bytes(tokens, job.plan.levels),
         after_step=HeapTrimmer(job.device, job.predicted_bytes).after_step,
+        losses=session.losses,
     )
+    run = replace(run, meter=open_meter(run, job))
     run, known = with_reference(with_rollouts(run, job.judge), job, reporter)
     return run, job, (*built.notes, *about, *known)
-
-
-def finish(
-    run: Run, run_dir: RunDirectory, job: Job, state: TrainState, memory: dict[str, int]
-) -> dict[str, Json]:
-    """Export: the best weights into `model/`, the plot, the summary."""
-    if state.best_step is not None and state.best_step != state.step:
-        run.checkpoints.load_best(
-            state.best_step, lambda text: run.events.emit("warning", state.step, {"message": text})
-        )
-    summary = summarize(run, state, memory)
-    label, base = Path(run.recipe.output).name, job.source.label
-    write_result(run.model, job.tokenizer, run_dir.model, label=label, base=base, facts=summary)
-    plot_loss(list(read_events(run_dir.events)), run_dir.path / "loss.png", label)
-    run_dir.save_summary(summary)
-    return summary

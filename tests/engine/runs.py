@@ -36,7 +36,7 @@ def train_step(run: Run, step: int) -> tuple[float, float, bool]:
     """One optimizer step, waited for: loss, gradient norm, whether weights were updated."""
     found = update(run, run.loader.batch(step), step)
     assert found is not None
-    loss, norm, is_good = found.tolist()
+    loss, norm, is_good, *_ = found.tolist()
     return loss, norm, bool(is_good)
 
 

@@ -36,6 +36,10 @@ ROWS: dict[int, tuple[str, str]] = {
     12: ("state of the guards", "a resumed run decides as the uninterrupted one"),
     13: ("other parameters than were saved", "refused with their names"),
     14: ("SIGKILL and SIGTERM with each objective", "the same bits, PPO's value head included"),
+    15: (
+        "SIGKILL, SIGINT, a full disk in a prediction",
+        "the same command goes on; each row once, the same bytes",
+    ),
     16: ("SIGKILL at every write of a save", "an earlier whole checkpoint; temporaries go"),
     17: ("an empty newer directory", "passed over with a warning"),
     18: ("the newest checkpoint truncated", "the one before; the bad one is kept aside"),
@@ -86,7 +90,6 @@ ROWS: dict[int, tuple[str, str]] = {
 
 LATER: dict[int, str] = {
     6: "another number of processes: comes with training on many cards",
-    15: "an interrupted prediction: comes with `tunesmith predict`",
     32: "a data worker killed: there are none, a thread makes the batches",
     33: "the job server killed: comes with the server",
     35: "an infinite gradient on one rank: comes with training on many cards",

@@ -96,7 +96,7 @@ def test_every_point_is_passed_in_a_plain_run(
     hits = tmp_path / "hits"
     assert place.train(TUNESMITH_FAULT_HITS=str(hits), fault="step.update:step=9:kill") == KILLED
     assert place.train(TUNESMITH_FAULT_HITS=str(hits)) == 0
-    elsewhere = {"net.read", "sample.token", "sample.judge", "sample.look"}
+    elsewhere = {"net.read", "sample.token", "sample.judge", "sample.look", "predict.row"}
     assert set(POINTS) - set(count_points(hits)) == elsewhere
 
 

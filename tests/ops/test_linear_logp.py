@@ -9,9 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunesmith.ops import linear_logp as module
 from tunesmith.ops.kernels import fused_kernels
-from tunesmith.ops.linear_logp import linear_cross_entropy, linear_logp, row_losses
+from tunesmith.ops.linear_logp import linear_logp, row_losses
 
 V, H = 50, 16
+
+
+def linear_cross_entropy(*inputs: Any, **how: Any) -> Any:
+    """The sum alone."""
+    return module.linear_cross_entropy(*inputs, **how)[0]
 
 
 class Inputs:

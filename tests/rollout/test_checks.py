@@ -97,7 +97,8 @@ def test_answers_end_where_the_template_ends_them(byte_tokenizer: Any) -> None:
     """Also where the tokenizer's EOS is another token, as of base models with a chat template."""
     byte_tokenizer.eos_token = "<|endoftext|>"
     config = recipe_from({"model": "m", "data": "d", "objective": OBJECTIVE}).objective
-    judge = open_judge(config, byte_tokenizer, ("<|im_end|>",), Path, SilentReporter())
+    ends = (byte_tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    judge = open_judge(config, byte_tokenizer, ends, Path, SilentReporter())
     assert judge is not None
     assert judge.end_ids == (byte_tokenizer.convert_tokens_to_ids("<|im_end|>"),)
 

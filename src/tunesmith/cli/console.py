@@ -208,15 +208,18 @@ class RunDisplay:
             self.console.print(f"step {event.step}/{self.num_steps}  {text}", highlight=False)
 
     def _on_evaluation(self, event: Event) -> None:
-        name, self.last_level = _level(event)
         when = "before training" if event.step == 0 else f"step {event.step}"
+        if "loss" not in event.data:  # nothing is held out
+            self.console.print(f"{_general(event)}  ({when})".strip(), highlight=False)
+            return
+        name, self.last_level = _level(event)
         best = "  [green]best so far[/green]" if event.data["best"] else ""
         measured = "".join(
             f"  {name.replace('_', ' ')} {_number(event.data[name], 3)}"
             for name in SHOWN_METRICS
             if event.data.get(name) is not None
         )
-        text = f"validation {name} {self.last_level}{measured}  ({when}){best}"
+        text = f"validation {name} {self.last_level}{measured}{_general(event)}  ({when}){best}"
         self.console.print(text, highlight=False)
 
     def _on_resume(self, event: Event) -> None:
@@ -242,6 +245,15 @@ def _level(event: Event) -> tuple[str, str]:
     """Name and value of the figure that tells where a run stands: its reward, or its loss."""
     name = "reward" if event.data.get("reward") is not None else "loss"
     return name, _number(event.data[name], 4)
+
+
+def _general(event: Event) -> str:
+    """What the meter of forgetting says."""
+    loss, kl = event.data.get("general_loss"), event.data.get("general_kl")
+    if loss is None:
+        return ""
+    far = "" if kl is None or event.step == 0 else f" (KL {_number(kl, 3)})"
+    return f"  general loss {_number(loss, 3)}{far}"
 
 
 def _gib(summary: dict[str, Json], name: str) -> str:

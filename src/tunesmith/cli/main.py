@@ -13,6 +13,8 @@ from typing import Annotated
 import typer
 
 from tunesmith import __version__
+from tunesmith.cli import prove, ship
+from tunesmith.cli.arguments import Overrides, RecipePath
 from tunesmith.errors import Interrupted, TunesmithError
 from tunesmith.io.cache import cache_folder
 from tunesmith.io.redact import redact, redacted_traceback
@@ -26,12 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-RecipePath = Annotated[str, typer.Argument(help="The recipe (YAML).", metavar="RECIPE")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Values that replace the recipe's.", metavar="[KEY.PATH=VALUE]..."),
-]
 
 
 @app.command()
@@ -126,50 +122,6 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def chat(
-    target: Annotated[
-        str, typer.Argument(help="A run directory, adapter, model, or hub id.", metavar="MODEL")
-    ],
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Answer this one message and leave.")
-    ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "-t", min=0, help="0 is exact (greedy).")
-    ] = 0.7,
-    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1)] = 0.9,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 512,
-    seed: Annotated[int | None, typer.Option("--seed", help="Repeatable sampling.")] = None,
-) -> None:
-    """Talk to a model."""
-    from tunesmith.cli.chat import run_chat
-    from tunesmith.infer.generate import Sampling
-
-    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    run_chat(target, prompt=prompt, system=system, sampling=sampling)
-
-
-@app.command()
-def score(
-    target: Annotated[
-        str,
-        typer.Argument(help="A run directory, adapter, model, or hub id.", metavar="MODEL"),
-    ],
-    data: Annotated[
-        list[str],
-        typer.Argument(help="A data file; KEY.PATH=VALUE as for train.", metavar="DATA..."),
-    ],
-    out: Annotated[
-        str | None, typer.Option("--out", "-o", help="Write all rows as JSON lines.")
-    ] = None,
-) -> None:
-    """Score data with a reward model or a classifier."""
-    from tunesmith.cli.score import run_score
-
-    run_score(target, data, out=out)
-
-
-@app.command()
 def quickstart(
     output: Annotated[
         str, typer.Option("--output", "-o", help="Run directory.")
@@ -180,6 +132,13 @@ def quickstart(
     from tunesmith.cli.quickstart import run_quickstart
 
     run_quickstart(output, restart=restart)
+
+
+for command in (
+    *(prove.predict, prove.evaluate, prove.report, prove.compare, prove.sweep),
+    *(ship.export, ship.chat, ship.score),
+):
+    app.command()(command)
 
 
 def _show_version(value: bool) -> None:

@@ -11,8 +11,16 @@ from rich.table import Table
 
 from tunesmith.cli.check import load_data
 from tunesmith.cli.console import ConsoleReporter, quiet_libraries
+from tunesmith.cli.evaluate_view import score_text
 from tunesmith.data.sources import find_sources
-from tunesmith.evaluate.score import ScoredRow, score_sources, summary
+from tunesmith.evaluate.metrics.classification import ClassReport
+from tunesmith.evaluate.score import (
+    ScoredRow,
+    class_scores,
+    class_table,
+    score_sources,
+    summary,
+)
 from tunesmith.infer.score_model import open_score_model
 from tunesmith.io.atomic import write_atomic
 
@@ -31,9 +39,17 @@ def run_score(target: str, data: Sequence[str], *, out: str | None) -> None:
     scorer = open_score_model(target, reporter)
     rows = score_sources(scorer, sources, recipe.data, reporter)
     console.print(_table(rows))
+    scores = class_scores(rows)
+    for score in scores:
+        console.print(f"{score.name.replace('_', ' ')}: {score_text(score)}", highlight=False)
     for name, value in summary(rows).items():
+        if name in {score.name for score in scores}:
+            continue
         shown = f"{value:,.0f}" if name == "rows" else f"{value:,.4f}"
         console.print(f"{name.replace('_', ' ')}: {shown}", highlight=False)
+    by_class = class_table(rows)
+    if by_class is not None:
+        console.print(_class_table(by_class))
     if out is not None:
         lines = (json.dumps(row.as_json(), ensure_ascii=False) for row in rows)
         write_atomic(Path(out), "".join(f"{line}\n" for line in lines))
@@ -51,6 +67,24 @@ def _table(rows: Sequence[ScoredRow]) -> Table:
         text = " ".join(row.text.split())
         text = text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
         table.add_row(str(row.origin.line), text, *(_cell(row, name) for name in columns))
+    return table
+
+
+def _class_table(report: ClassReport) -> Table:
+    """Figures of each label, and what it was taken for."""
+    table = Table(title="By label", title_justify="left")
+    for name in ("label", "rows", "precision", "recall", "F1", "answered as"):
+        table.add_column(name)
+    for place, label in enumerate(report.labels):
+        counts = zip(report.labels, report.confusion[place], strict=False)
+        taken = sorted(((n, other) for other, n in counts if n), reverse=True)
+        figures = (report.precision[place], report.recall[place], report.f1[place])
+        table.add_row(
+            label,
+            str(report.support[place]),
+            *(f"{figure:.3f}" for figure in figures),
+            ", ".join(f"{other} {count}" for count, other in taken),
+        )
     return table
 
 

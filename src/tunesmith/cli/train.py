@@ -22,10 +22,10 @@ def run_train(
     loaded = load_recipe(recipe, overrides)
     train_and_show(loaded, console, restart=restart, allow_changes=allow_changes)
     output = loaded.recipe.output
-    hint = f"talk to it: tunesmith chat {output}"
+    hint = f"measure it: tunesmith evaluate {output}   talk to it: tunesmith chat {output}"
     if isinstance(loaded.recipe.objective, RewardConfig | ClassifyConfig):
         hint = f"try it: tunesmith score {output} data.jsonl"
-    console.print(hint, highlight=False)
+    console.print(hint, highlight=False, soft_wrap=True)
 
 
 def train_and_show(
@@ -57,7 +57,8 @@ def train_and_show(
     if was_finished:
         console.print(f"{run.path} is finished already (--restart trains anew)", highlight=False)
     show_summary(console, summary)
-    console.print(f"result: {run.model}   curves: {run.path / 'loss.png'}", highlight=False)
+    report = run.path / "report.html"
+    console.print(f"result: {run.model}   report: {report}", highlight=False, soft_wrap=True)
     return summary
 
 

@@ -20,6 +20,8 @@ from tunesmith.config.method import (
 )
 from tunesmith.config.objective import ObjectiveConfig, SftConfig
 from tunesmith.config.optimizer import AdamWConfig, OptimizerConfig, check_optimizer
+from tunesmith.config.sweep import SweepConfig
+from tunesmith.config.trackers import TrackerConfig, checked_trackers
 
 
 def _from_short(value: object, key: str) -> object:
@@ -304,6 +306,11 @@ class EvaluateConfig(Strict):
     """Validation after every epoch, every N steps, or (null) only at the end."""
     early_stopping: PositiveInt | None = None
     """Stop after so many evaluations without a new best; null never stops early."""
+    samples: Annotated[int, Field(ge=0)] = 4
+    """So many held-out rows are answered before and after training, for people to read."""
+    general: Literal["auto"] | str | None = "auto"
+    """Questions with answers that show what the model forgets; auto takes those that are shipped,
+    null none."""
 
 
 class CheckpointConfig(Strict):
@@ -348,6 +355,18 @@ class LogConfig(Strict):
 
     every_steps: PositiveInt = 1
     """Steps between two step events."""
+    trackers: list[TrackerConfig] = Field(default_factory=list[TrackerConfig])
+    """Where else figures go: tensorboard, wandb, swanlab, mlflow, trackio (docs/trackers.md)."""
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _short(cls, value: object) -> object:
+        return [value] if isinstance(value, str | dict) else value
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, value: list[TrackerConfig]) -> list[TrackerConfig]:
+        return checked_trackers(value)
 
 
 class Recipe(Strict):
@@ -371,6 +390,8 @@ class Recipe(Strict):
     """What to do about bad numbers and hangs."""
     log: LogConfig = Field(default_factory=LogConfig)
     """What to write down."""
+    sweep: SweepConfig | None = None
+    """What `tunesmith sweep` searches (docs/sweep.md); null is nothing."""
     output: str = "auto"
     """Run directory, relative to the working directory; auto is runs/<name of the recipe>."""
 

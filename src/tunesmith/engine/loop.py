@@ -256,7 +256,9 @@ def _record(run: Run, state: TrainState, steps: Iterator[Arrival[StepNote]]) -> 
     """Takes the numbers of finished steps into the state and the event stream."""
     for arrival in steps:
         step, batch = arrival.about.step, arrival.about.batch
-        loss, norm, is_good, *metrics = arrival.numbers
+        loss, norm, is_good, *rest = arrival.numbers
+        num_metrics = len(run.objective.metric_names)
+        metrics, sample_losses = rest[:num_metrics], rest[num_metrics:]
         state.samples_seen += len(batch.sample_ids)
         state.tokens_seen += batch.num_tokens
         state.supervised_seen += batch.num_supervised
@@ -266,6 +268,7 @@ def _record(run: Run, state: TrainState, steps: Iterator[Arrival[StepNote]]) -> 
             state.num_empty += 1
         elif is_good:
             record_loss(state, step, loss, run.recipe.guard)
+            _keep_losses(run, done, batch, sample_losses)
         else:
             limit = highest_loss(state, step, run.recipe.guard)
             record_skip(state, batch.sample_ids, is_finite=math.isfinite(loss + norm))
@@ -283,6 +286,14 @@ def _record(run: Run, state: TrainState, steps: Iterator[Arrival[StepNote]]) -> 
                 "tokens_per_second": round(batch.num_tokens / arrival.seconds, 1),
             }
             run.events.emit("step", done, data)
+
+
+def _keep_losses(run: Run, step: int, batch: GlobalBatch, losses: Sequence[float]) -> None:
+    """Writes down what each sample of a step lost."""
+    if run.losses is not None:
+        message = run.losses.record(step, batch.epoch, batch.sample_ids, losses)
+        if message is not None:
+            run.events.emit("warning", step, {"message": message})
 
 
 def _say_skipped(run: Run, arrival: Arrival[StepNote], limit: float) -> None:

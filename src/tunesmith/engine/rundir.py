@@ -26,6 +26,8 @@ HARMLESS_KEYS = (
     "log",
     "checkpoint",
     "output",
+    "evaluate.samples",
+    "evaluate.general",
     "guard.hang_warn_seconds",
     "guard.hang_stop_seconds",
 )

@@ -7,12 +7,15 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tunesmith.config.recipe import GuardConfig
+from tunesmith.config.recipe import GuardConfig, LogConfig
 from tunesmith.engine.events import EventLog
 from tunesmith.engine.rundir import RunDirectory
+from tunesmith.engine.sample_losses import SampleLosses
 from tunesmith.engine.signals import StopSignal
 from tunesmith.engine.state import TrainState
 from tunesmith.engine.step import Run
+from tunesmith.engine.trackers.feed import close_feeds
+from tunesmith.engine.trackers.opening import open_feeds
 from tunesmith.engine.watchdog import Watchdog
 from tunesmith.types import Json, Listener
 
@@ -25,26 +28,38 @@ class Session:
     events: EventLog
     stop: StopSignal
     watchdog: Watchdog
+    losses: SampleLosses
 
 
 @contextmanager
 def open_session(
-    run_dir: RunDirectory, stop: StopSignal, guard: GuardConfig, listeners: Sequence[Listener] = ()
+    run_dir: RunDirectory,
+    stop: StopSignal,
+    guard: GuardConfig,
+    listeners: Sequence[Listener] = (),
+    log: LogConfig | None = None,
 ) -> Generator[Session]:
-    """Opens the event stream and sets the watchdog, whose warnings go there."""
-    with EventLog(run_dir.events, listeners) as events:
+    """Opens the event stream and the trackers, and sets the watchdog, whose warnings go there."""
 
-        def note(text: str) -> None:
-            events.emit("warning", watchdog.step, {"message": text})
+    def note(text: str) -> None:
+        events.emit("warning", watchdog.step, {"message": text})
 
-        watchdog = Watchdog(
-            run_dir.path,
-            warn_seconds=guard.hang_warn_seconds,
-            stop_seconds=guard.hang_stop_seconds,
-            note=note,
-        )
-        with watchdog:
-            yield Session(run_dir, events, stop, watchdog)
+    feeds = open_feeds(log.trackers if log else (), run_dir.path, note)
+    watchdog = Watchdog(
+        run_dir.path,
+        warn_seconds=guard.hang_warn_seconds,
+        stop_seconds=guard.hang_stop_seconds,
+        note=note,
+    )
+    losses = SampleLosses(run_dir.path / "samples")
+    is_finished = False
+    with EventLog(run_dir.events, [*listeners, *feeds]) as events, watchdog:
+        try:
+            yield Session(run_dir, events, stop, watchdog, losses)
+            is_finished = True
+        finally:
+            losses.close()
+            close_feeds(feeds, is_finished=is_finished)
 
 
 def summarize(run: Run, state: TrainState, memory: dict[str, int]) -> dict[str, Json]:

@@ -23,6 +23,7 @@ from tunesmith.engine.oom import TooLargeError
 from tunesmith.engine.prefetch import prefetch_validation
 from tunesmith.engine.readback import open_readback
 from tunesmith.engine.rng import seed_step
+from tunesmith.engine.sample_losses import SampleLosses, SampleSums
 from tunesmith.engine.schedule import learning_rate_at
 from tunesmith.engine.signals import StopSignal
 from tunesmith.engine.watchdog import Watchdog
@@ -58,6 +59,18 @@ class Rollouts(Protocol):
         ...
 
 
+class Meter(Protocol):
+    """What else is measured of the model whenever it is validated."""
+
+    def measure(self, step: int) -> dict[str, float] | None:
+        """Figures by name; None if it was stopped."""
+        ...
+
+    def warning(self, found: dict[str, float]) -> str | None:
+        """What must be said of them, if anything."""
+        ...
+
+
 @dataclass(frozen=True)
 class Run:
     """All parts of a run, put together by `train.py`.
@@ -84,6 +97,8 @@ class Run:
     after_step: Callable[[], object] = lambda: None
     """Called when a step is done, for what the machine needs."""
     rollouts: Rollouts | None = None
+    meter: Meter | None = None
+    losses: SampleLosses | None = None
 
     def is_stopped(self) -> bool:
         """Whether a signal came; also says that the run is alive."""
@@ -95,6 +110,14 @@ class Run:
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def plain_autocast(self) -> AbstractContextManager[Any]:
+        """For transformers' own forward, which wants one type: that of the weights.
+
+        Adapters stay in float32, whatever the weights are.
+        """
+        is_half = self.recipe.model.dtype == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_half)
 
 
 def update(
@@ -112,9 +135,10 @@ def update(
         highest_loss: to be learned from.
 
     Returns:
-        (loss per supervised weight, gradient norm before clipping, 1 if weights were updated, and
-        the objective's metrics), on the device. None if a signal came: then the
-        step was dropped, and nothing of it remains.
+        (loss per supervised weight, gradient norm before clipping, 1 if weights were updated, the
+        objective's metrics, and the loss of each sample in the order of `distinct` where the
+        objective knows it), on the device. None if a signal came: then the step was dropped, and
+        nothing of it remains.
 
     Raises:
         TooLargeError: memory did not suffice for a micro-batch; nothing of the step remains.
@@ -127,7 +151,7 @@ def update(
     loss, metrics = torch.zeros((), device=run.device), torch.zeros(len(names), device=run.device)
     if not batch.supervised_weight:
         return torch.cat((loss.expand(3), metrics))
-    run = _prepared(run, batch)
+    run, samples = _prepared(run, batch), SampleSums(batch.sample_ids, run.device)
     for micro_batch in batch.micro_batches:
         if run.stop.received is not None:
             return None
@@ -135,13 +159,16 @@ def update(
         if micro_batch.row_N.numel():
             # Divided by the weight of the whole global batch: any split is the same.
             with run.optimizer.at_step(step):
-                share, found = _forward_backward(run, micro_batch, batch.supervised_weight, step)
-            loss, metrics = loss + share, metrics + found
+                share, result = _forward_backward(run, micro_batch, batch.supervised_weight, step)
+            samples.add(micro_batch, result.loss_N)
+            metrics = metrics + _stacked(run, result) / batch.supervised_weight
+            loss = loss + share
     norm = run.optimizer.clip(train.clip_norm)
     is_good = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= highest_loss)
     fault("step.update", step=step)
     run.optimizer.step(learning_rate_at(train, step, run.num_steps), is_good)
-    return torch.cat((torch.stack((loss, norm, is_good.to(loss.dtype))), metrics))
+    head = torch.stack((loss, norm, is_good.to(loss.dtype)))
+    return torch.cat((head, metrics, samples.means()))
 
 
 def _prepared(run: Run, batch: GlobalBatch) -> Run:
@@ -168,8 +195,8 @@ def _prepared(run: Run, batch: GlobalBatch) -> Run:
 
 def _forward_backward(
     run: Run, batch: PackedBatch, weight: float, step: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds the gradients of a micro-batch up; returns its shares of loss and metrics."""
+) -> tuple[torch.Tensor, StepResult]:
+    """Adds the gradients of a micro-batch up; returns its share of the loss, and what was found."""
     tokens = batch.num_stored_tokens
     try:
         factor = fault("step.micro", step=step, tokens=tokens, samples=batch.sample_N.tolist)
@@ -186,7 +213,7 @@ def _forward_backward(
         # The frames below hold all that the forward kept; it must be gone before another try.
         traceback.clear_frames(error.__traceback__)
         raise TooLargeError(batch, str(error)) from None
-    return share.detach().float(), _stacked(run, result) / weight
+    return share.detach().float(), replace(result, loss_sum=result.loss_sum.detach())
 
 
 def _stacked(run: Run, result: StepResult) -> torch.Tensor:

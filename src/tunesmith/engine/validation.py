@@ -26,7 +26,8 @@ def loader_of(run: Run, state: TrainState) -> Loader:
 
 def evaluation_is_due(run: Run, state: TrainState, *, is_last: bool) -> bool:
     """Whether the recipe wants a validation at this step."""
-    if run.validation is None or state.evaluated_step == state.step:
+    is_measured = run.validation is not None or run.meter is not None
+    if not is_measured or state.evaluated_step == state.step:
         return False
     every = run.recipe.evaluate.every
     if state.step == 0 or is_last:
@@ -38,7 +39,10 @@ def evaluation_is_due(run: Run, state: TrainState, *, is_last: bool) -> bool:
 
 
 def evaluate(run: Run, state: TrainState) -> None:
-    """Runs validation, in smaller batches if memory runs out; nothing if a signal comes."""
+    """Runs validation, in smaller batches if memory runs out; nothing if a signal comes.
+
+    What the meter says belongs to it, and is all there is where nothing is held out.
+    """
     started = time.perf_counter()
     found = _measure(run, state)
     while isinstance(found, TooLargeError):
@@ -52,18 +56,25 @@ def evaluate(run: Run, state: TrainState) -> None:
         )
         run.events.emit("warning", state.step, {"message": message})
         found = _measure(run, state)
-    if found is None:
+    metered = run.meter.measure(state.step) if found is not None and run.meter else {}
+    if found is None or metered is None:
         return
-    is_best = state.record_evaluation(found["loss"])
-    facts: dict[str, Json] = {"loss": found["loss"], "best": is_best, **found}
+    facts: dict[str, Json] = {**found, **metered}
+    if "loss" in found:
+        is_best = state.record_evaluation(found["loss"])
+        facts = {"loss": found["loss"], "best": is_best, **facts}
+    state.evaluated_step = state.step
     facts["seconds"] = round(time.perf_counter() - started, 2)
     run.events.emit("evaluation", state.step, facts)
+    message = run.meter.warning(metered) if run.meter else None
+    if message:
+        run.events.emit("warning", state.step, {"message": message})
 
 
 def _measure(run: Run, state: TrainState) -> dict[str, float] | TooLargeError | None:
-    """The loss and the objective's figures; None without anything held out, or if stopped."""
+    """The loss and the objective's figures; nothing without anything held out; None if stopped."""
     if run.validation is None:
-        return None
+        return {}
     if run.rollouts is not None:
         return run.rollouts.measure(state.step, run.is_stopped)
     tokens = state.validation_tokens or loader_of(run, state).micro_batch_tokens

@@ -19,8 +19,10 @@ from tunesmith.data.shapes.labeled import content_of, label_of
 from tunesmith.data.sources import Source
 from tunesmith.data.templates import build_renderer
 from tunesmith.errors import DataError, Problem
+from tunesmith.evaluate.metrics.classification import ClassReport, class_report
+from tunesmith.evaluate.metrics.labels import classify_probabilities
+from tunesmith.evaluate.scores import Score
 from tunesmith.infer.score_model import ScoreModel
-from tunesmith.ops.measures import macro_f1
 from tunesmith.types import (
     Conversation,
     Json,
@@ -94,7 +96,6 @@ def summary(rows: Sequence[ScoredRow]) -> dict[str, float]:
     """Means over the rows, by name."""
     of_pairs = [row.values for row in rows if "rejected" in row.values]
     of_scores = [float(str(row.values["score"])) for row in rows if "score" in row.values]
-    named = [row.values for row in rows if "expected" in row.values]
     found: dict[str, float] = {"rows": len(rows)}
     if of_pairs:
         chosen, rejected = (
@@ -107,16 +108,39 @@ def summary(rows: Sequence[ScoredRow]) -> dict[str, float]:
         found["rejected_score"] = sum(rejected) / len(rejected)
     if of_scores:
         found["score"] = sum(of_scores) / len(of_scores)
-    if named:
-        given = [(str(values["expected"]), str(values["label"])) for values in named]
-        found["accuracy"] = sum(real == guess for real, guess in given) / len(given)
-        labels = sorted({label for pair in given for label in pair})
-        found["macro_f1"] = macro_f1(
-            [sum(pair == (label, label) for pair in given) for label in labels],
-            [sum(guess == label for _, guess in given) for label in labels],
-            [sum(real == label for real, _ in given) for label in labels],
-        )
-    return found
+    return found | {score.name: score.value for score in class_scores(rows)}
+
+
+def class_scores(rows: Sequence[ScoredRow]) -> list[Score]:
+    """A classifier's figures on the rows that have a label, with 95 % intervals.
+
+    Those of OpenAI's compute_classification_metrics and of scikit-learn: accuracy, weighted and
+    macro F1; of two labels also precision, recall, F1, AUROC and AUPRC.
+    """
+    named = [row.values for row in rows if "expected" in row.values]
+    if not named:
+        return []
+    found = classify_probabilities(
+        [str(values["expected"]) for values in named],
+        [_chances(values) for values in named],
+    )
+    return [each.score() for each in found if each.name != "invalid"]
+
+
+def class_table(rows: Sequence[ScoredRow]) -> ClassReport | None:
+    """A classifier's figures by label; None without a row that has one."""
+    named = [row.values for row in rows if "expected" in row.values]
+    if not named:
+        return None
+    real, answered = ([str(values[key]) for values in named] for key in ("expected", "label"))
+    # A label that the classifier does not know can only be got wrong.
+    return class_report(real, answered, list(dict.fromkeys([*_chances(named[0]), *real])))
+
+
+def _chances(values: dict[str, Json]) -> dict[str, float]:
+    found = values["probabilities"]
+    items = found.items() if isinstance(found, dict) else ()
+    return {label: float(str(chance)) for label, chance in items}
 
 
 def _read(

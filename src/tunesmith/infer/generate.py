@@ -71,6 +71,14 @@ def stream_answer(
         raise failure[0]
 
 
+def num_missing_tokens(chat: ChatModel, messages: list[dict[str, Any]], sampling: Sampling) -> int:
+    """Tokens by which conversation and longest answer are more than the model was made for."""
+    most = getattr(chat.model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None:
+        return 0
+    return max(0, _prompt_ids(chat, messages).shape[1] + sampling.max_new_tokens - most)
+
+
 def answer_all(
     chat: ChatModel, conversations: Sequence[list[dict[str, Any]]], sampling: Sampling
 ) -> list[str]:

@@ -73,7 +73,7 @@ def sample_answers(
     Returns:
         the answers to each prompt; None if it was stopped.
     """
-    with _generating(model):
+    with generating(model):
         answers = _begin(model, prompts, uniform_PKL.shape[1])
         while answers.are_under_way:
             if is_stopped():
@@ -263,7 +263,7 @@ def _begin(model: Any, prompts: Sequence[Sequence[int]], num_answers: int) -> _A
 
 
 @contextmanager
-def _generating(model: Any) -> Generator[None]:
+def generating(model: Any) -> Generator[None]:
     """The model in eval mode, with an attention that knows padding and caches."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     was_training, attention = model.training, base.config._attn_implementation

@@ -35,6 +35,7 @@ POINTS = {
     "sample.token": "before a token of sampled answers",
     "sample.judge": "before sampled answers are rewarded",
     "sample.look": "before a micro-batch of them is looked at",
+    "predict.row": "before a predicted row is written",
     "save.open": "before a directory is begun",
     "save.write": "before a file is written",
     "save.fsync": "before a file is made durable",

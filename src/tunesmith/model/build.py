@@ -96,6 +96,7 @@ def build_model(
     num_tokens: int,
     seed: Callable[[], None],
     batch_of: Callable[[int], GlobalBatch] | None = None,
+    load: Callable[..., Any] = load_model,
 ) -> BuiltModel:
     """Loads weights, attaches what is trained, and installs the fast forwards.
 
@@ -110,11 +111,10 @@ def build_model(
         seed: seeds the drawing of new weights.
         batch_of: the run's batch of a step, for first values that follow the data; None where a
             checkpoint has the weights.
+        load: gives the base, as `load_model` does; another one may share its frozen weights.
     """
     dtype, train, notes = recipe.model.dtype, recipe.train, list[str]()
-    base = load_model(
-        source, dtype=dtype, attention=PACKED_ATTENTION, quantize=recipe.model.quantize
-    )
+    base = load(source, dtype=dtype, attention=PACKED_ATTENTION, quantize=recipe.model.quantize)
     check_packing(base, source.label)
     model = _prepare(base, source, recipe, seed).to(device)
     init = getattr(recipe.method, "init", "default")

@@ -23,11 +23,13 @@ class StepResult:
 
     `loss_sum` is a sum over supervised weight, not a mean: the loop divides it by the weight of the
     whole global batch, so that accumulation over micro-batches is exact. So are `metrics`, which
-    an objective names in `metric_names`.
+    an objective names in `metric_names`. `loss_N` are the losses of the supervised rows one by
+    one, without their weights; None where rows have none of their own.
     """
 
     loss_sum: torch.Tensor
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    loss_N: torch.Tensor | None = None
 
 
 class Objective(Protocol):

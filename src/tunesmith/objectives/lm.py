@@ -44,21 +44,21 @@ class SftObjective:
         if self.variant == "dft" and model.training:
             logp_N = supervised_logp(model, batch, self.trunk)
             weight_N = batch.weight_N.to(logp_N.dtype) * logp_N.detach().exp()
-            return StepResult(loss_sum=-(weight_N * logp_N).sum())
+            return StepResult(loss_sum=-(weight_N * logp_N).sum(), loss_N=-logp_N.detach())
         extra: dict[str, Any] = {}
         if model.training:
             extra = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
         base, hidden_NH = supervised_hidden(model, batch, self.trunk)
         head, form = base.get_output_embeddings(), head_form(base.config)
         if is_matrix(head):
-            loss_sum = linear_cross_entropy(
+            loss_sum, loss_N = linear_cross_entropy(
                 hidden_NH, head.weight, batch.target_N, batch.weight_N,
                 bias_V=head.bias, **form, **extra,
             )  # fmt: skip
         else:
             loss_N = head_losses(head, hidden_NH, batch.target_N, **form, **extra)
             loss_sum = (batch.weight_N.to(loss_N.dtype) * loss_N).sum()
-        return StepResult(loss_sum=loss_sum)
+        return StepResult(loss_sum=loss_sum, loss_N=loss_N.detach())
 
 
 def supervised_logp(model: Any, batch: PackedBatch, trunk: Trunk | None = None) -> torch.Tensor:

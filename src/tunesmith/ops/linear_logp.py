@@ -54,7 +54,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     chunk_bytes: int = CHUNK_BYTES,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum over rows of `weight * cross-entropy`, with all gradients made in the forward.
 
     A row's logits are `y = cap(scale * (hidden @ weight.T + bias))`. Its loss is
@@ -76,7 +76,8 @@ def linear_cross_entropy(
         chunk_bytes: memory for the logits of one chunk.
 
     Returns:
-        a scalar in fp32 (fp64 for fp64 input).
+        a scalar in fp32 (fp64 for fp64 input), and the rows' losses without weights, `loss_N`,
+        which take no gradient.
     """
     form = _Form(scale, softcap, label_smoothing, z_loss, chunk_bytes)
     inputs = (_autocast(hidden_NH), weight_VH, bias_V)
@@ -139,13 +140,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_N: torch.Tensor,
         form: _Form,
         with_grad: bool,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = tuple(with_grad and needed for needed in ctx.needs_input_grad[:3])
         head = _Head(weight_VH, bias_V, form)
         weight_N = weight_N.to(_wide(hidden_NH.dtype))
         loss_N, *grads = _losses_and_gradients(hidden_NH, head, target_N, weight_N, wanted=wanted)
         ctx.save_for_backward(*grads)
-        return (weight_N * loss_N).sum()
+        ctx.mark_non_differentiable(loss_N)
+        return (weight_N * loss_N).sum(), loss_N
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-import torch
-
 from tunesmith.config.auto import number
 from tunesmith.config.method import AdapterConfig
 from tunesmith.config.policy import SamplingConfig
@@ -64,13 +62,7 @@ def open_engine(run: Run, config: SamplingConfig) -> Engine:
             max_tokens=number(run.recipe.data.max_length) + config.max_new_tokens,
             is_cut=config.top_p < 1 or config.top_k is not None,
         )
-    # Transformers' own forward wants one type: that of the weights, not of float32 adapters.
-    is_half = run.recipe.model.dtype == "bfloat16"
-    return TransformersEngine(
-        run.model,
-        lambda: torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=is_half),
-        at_once,
-    )
+    return TransformersEngine(run.model, run.plain_autocast, at_once)
 
 
 def _engine_error(found: str, expected: str, try_: str = "") -> RecipeError:

@@ -87,7 +87,7 @@ class Judge:
 def open_judge(
     config: ObjectiveConfig,
     tokenizer: Tokenizer,
-    end_marks: Sequence[str],
+    end_ids: tuple[int, ...],
     locate: Callable[[str], Path],
     reporter: Reporter,
 ) -> Judge | None:
@@ -96,7 +96,7 @@ def open_judge(
     Args:
         config: the recipe's objective.
         tokenizer: of the model that answers.
-        end_marks: what its chat template ends an answer with.
+        end_ids: what its chat template ends an answer with.
         locate: turns a path of the recipe into one that can be opened.
         reporter: shows the loading of reward models.
 
@@ -105,10 +105,9 @@ def open_judge(
     """
     if not isinstance(config, SamplingConfig):
         return None
-    known = tokenizer.get_vocab()
     return Judge(
         tokenizer,
-        tuple(known[mark] for mark in end_marks if mark in known),
+        end_ids,
         tuple(_open_reward(each, locate, reporter) for each in config.rewards),
         numbered([each.kind for each in config.rewards]),
         tuple(each.weight for each in config.rewards),

@@ -51,8 +51,8 @@ Look = Callable[[PackedBatch], dict[str, torch.Tensor]]
 class Rollouts:
     """Where a run's answers come from; only `current` is kept in checkpoints.
 
-    What memory has taught (`most_tokens`, the engine's answers at once) ends with the process: a run
-    that went short of memory and is resumed may round otherwise than one that never stopped.
+    What memory has taught (`most_tokens`, the engine's answers at once) ends with the process: a
+    run that went short of memory and is resumed may round otherwise than one that never stopped.
 
     Args:
         model: that answers and learns.

@@ -1,0 +1,1 @@
+"""Sweeps: the search for the best values of a recipe, trial by trial."""
