@@ -23,6 +23,7 @@ from tunesmith.data.plan import Split, make_split
 from tunesmith.data.sources import Source, Sources, find_recipe_sources
 from tunesmith.data.store import StoreInputs, TokenStore
 from tunesmith.data.templates import Renderer, build_renderer
+from tunesmith.engine.trackers.opening import check_trackers
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.evaluate.forgetting import general_answers
 from tunesmith.infer.likelihood import GivenAnswer
@@ -118,6 +119,7 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, resolved: Recipe | None = 
     check_method(loaded.recipe)
     _check_objective(loaded.recipe)
     check_sampling(loaded.recipe)
+    check_trackers(loaded.recipe.log.trackers)
     base = find_model(loaded.recipe.model, reporter, loaded.folder)
     check_weights_exist(base)
     recipe, source = with_adapter(loaded.recipe, base, reporter, loaded.folder)

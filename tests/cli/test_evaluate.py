@@ -108,7 +108,7 @@ def test_files_of_predictions_are_compared_without_models(trained: Path, tmp_pat
 def test_what_is_missing_is_said(tiny_model_folder: Path, trained: Path) -> None:
     with pytest.raises(RunError) as caught:
         run_evaluate(str(tiny_model_folder), [], FEW)
-    assert caught.value.code == "run.not-a-run"
+    assert caught.value.code == "run.none"
     with pytest.raises(RunError) as caught:
         run_evaluate(str(tiny_model_folder), [], EvaluateOptions(against="none"))
     assert caught.value.code == "run.no-validation"

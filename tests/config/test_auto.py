@@ -50,7 +50,7 @@ def test_every_auto_is_resolved_with_a_reason() -> None:
     asked = recipe()
     open_keys = {k for k, v in flatten(asked.model_dump(mode="json")).items() if v == "auto"}
     # These are looked up per sample, file or tokenizer; output is a name.
-    looked_up = {"data.template", "data.thinking", "data.overlong", "output"}
+    looked_up = {"data.template", "data.thinking", "data.overlong", "evaluate.general", "output"}
     assert open_keys - set(AUTO_KEYS) == looked_up
     resolved = resolve(asked, FACTS)
     found = flatten(resolved.recipe.model_dump(mode="json"))

@@ -183,7 +183,7 @@ def test_unknown_key_in_a_source(refusal: Callable[..., RecipeError]) -> None:
 def test_unknown_key_with_nothing_near(refusal: Callable[..., RecipeError]) -> None:
     error = refusal(SHORT + "log: {zzz: 1}\n")
     assert error.try_ is None
-    assert error.expected == "one of every_steps"
+    assert error.expected == "one of every_steps, trackers"
 
 
 def test_an_unknown_key_goes_before_other_mistakes(refusal: Callable[..., RecipeError]) -> None:

@@ -70,6 +70,7 @@ ROWS: dict[int, tuple[str, str]] = {
     43: ("a hub that fails", "retried, resumed, else a clear error"),
     44: ("a download cut off or altered", "noticed, fetched again, never cached"),
     45: ("offline with a warm cache", "works without a network call"),
+    46: ("a tracker that is down, or hangs", "one warning; the run ends as without it"),
     47: ("broken JSON in a line", "path:line:column; up to 20 problems"),
     48: ("a wrong type in a row", "path:line, field, found and expected"),
     49: ("roles out of order, empty answers", "counted by code; an error by default"),
@@ -93,7 +94,6 @@ LATER: dict[int, str] = {
     32: "a data worker killed: there are none, a thread makes the batches",
     33: "the job server killed: comes with the server",
     35: "an infinite gradient on one rank: comes with training on many cards",
-    46: "a tracker that is down: comes with trackers",
     59: "requests to private addresses: comes with the server",
     **dict.fromkeys((61, 62, 63, 64, 67, 68, 69, 70), "comes with the server"),
 }

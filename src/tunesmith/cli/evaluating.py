@@ -139,11 +139,11 @@ def base_of_run(target: str, recipe: Recipe | None) -> str:
     """What a run began with.
 
     Raises:
-        RunError: it is no run (`run.not-a-run`).
+        RunError: it is no run (`run.none`).
     """
     if recipe is None:
         raise RunError(
-            "run.not-a-run",
+            "run.none",
             target,
             found="--against base with what is no run",
             expected="a run directory, which says what it began with",

@@ -26,6 +26,7 @@ HARMLESS_KEYS = (
     "log",
     "checkpoint",
     "output",
+    "sweep",
     "evaluate.samples",
     "evaluate.general",
     "guard.hang_warn_seconds",

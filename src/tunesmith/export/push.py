@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import re
 from dataclasses import dataclass
@@ -98,24 +100,34 @@ def _to_modelscope(folder: Path, destination: Destination) -> str:
             try_="pip install 'tunesmith[modelscope]'",
         ) from error
     api: Any = HubApi()
+    # Given with each call: to log in would leave it in a file.
+    token = os.environ.get("MODELSCOPE_API_TOKEN")
+    known: dict[str, str] = {"token": token} if token else {}
     try:
-        if token := os.environ.get("MODELSCOPE_API_TOKEN"):
-            api.login(token)
         api.create_repo(
             destination.name,
             repo_type="model",
             visibility="private" if destination.is_private else "public",
             exist_ok=True,
+            **known,
         )
         api.upload_folder(
             repo_id=destination.name,
             folder_path=str(folder),
             commit_message="tunesmith export",
             repo_type="model",
+            **known,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (*_modelscope_errors(), OSError, ValueError, RuntimeError, KeyError) as error:
         raise _refusal(destination, error, "MODELSCOPE_API_TOKEN") from error
     return f"https://modelscope.cn/models/{destination.name}"
+
+
+def _modelscope_errors() -> tuple[type[Exception], ...]:
+    """What newer versions of its package raise; older ones have the standard errors alone."""
+    if importlib.util.find_spec("modelscope_hub") is None:
+        return ()
+    return (importlib.import_module("modelscope_hub.errors").HubError,)
 
 
 def _refusal(destination: Destination, error: Exception, token: str) -> UserError:

@@ -12,7 +12,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,28 +79,34 @@ def export_quantized(
         notes = write_merged(
             trained, merged, dtype="bfloat16", max_bytes=request.max_bytes, reporter=reporter
         )
-        with reporter.waiting(f"Quantizing to {kind}"):
-            try:
-                QUANTIZERS[kind](merged, folder, request.samples)
-            except (RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
-                said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-                raise UserError(
-                    "export.quantizer",
-                    f"--to {kind}",
-                    found=f"{PACKAGES[kind][0]} says: {said}",
-                    expected="a model that it quantizes on this machine",
-                    try_="--to gguf -q q8_0 needs no package besides",
-                ) from error
+        with reporter.waiting(f"Quantizing to {kind}"), _told(kind):
+            QUANTIZERS[kind](merged, folder, request.samples)
         shutil.copyfile(merged / "generation_config.json", folder / "generation_config.json")
     write_tokenizer(trained, folder)
     has_template = trained.tokenizer.chat_template is not None
     return Written(
         {"gptq": "4 bits", "awq": "4 bits"}.get(kind, kind),
-        f"transformers with {PACKAGES[kind][0]}",
-        _logits(folder),
+        PACKAGES[kind][0] if kind == "gptq" else f"transformers with {PACKAGES[kind][0]}",
+        _logits(folder, kind),
         folder_prompts(folder) if has_template else None,
         notes,
     )
+
+
+@contextmanager
+def _told(kind: str) -> Generator[None]:
+    """Makes an error of the user's of what a package says against a model or a machine."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(
+            "export.quantizer",
+            f"--to {kind}",
+            found=f"{PACKAGES[kind][0]} says: {said}",
+            expected="a model that it quantizes on this machine",
+            try_="--to gguf -q q8_0 needs no package besides",
+        ) from error
 
 
 def _torchao(config_name: str) -> Quantizer:
@@ -134,8 +141,8 @@ def _by_gptqmodel(merged: Path, folder: Path, samples: Sequence[Sample]) -> None
 def _by_llmcompressor(merged: Path, folder: Path, samples: Sequence[Sample]) -> None:
     """AWQ (arXiv 2306.00978) with 4 bits, in the compressed-tensors format that vLLM reads.
 
-    With llmcompressor's basic pipeline: its sequential one pins memory, for which it needs an
-    accelerator.
+    Not run to its end: llmcompressor 0.14 pins memory, for which it needs an accelerator, and on
+    a CPU it stops with that. What comes before it was run there.
     """
     from transformers import AutoModelForCausalLM
 
@@ -158,7 +165,6 @@ def _by_llmcompressor(merged: Path, folder: Path, samples: Sequence[Sample]) -> 
             rounding.QuantizationModifier(ignore=["lm_head"], config_groups=groups),
         ],
         num_calibration_samples=len(rows),
-        pipeline="basic",
     )
     model.save_pretrained(folder, save_compressed=True)
 
@@ -191,11 +197,15 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 
 
-def _logits(folder: Path) -> Callable[[Sequence[Sample]], list[torch.Tensor]]:
+def _logits(folder: Path, kind: str) -> Callable[[Sequence[Sample]], list[torch.Tensor]]:
     def logits(samples: Sequence[Sample]) -> list[torch.Tensor]:
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-        return logits_of(model.eval(), samples)
+        with _told(kind):
+            if kind == "gptq":  # transformers would want optimum besides
+                model: Any = importlib.import_module("gptqmodel").GPTQModel.load(str(folder)).model
+            else:
+                model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+            return logits_of(model.eval(), samples)
 
     return logits

@@ -161,6 +161,7 @@ def _plot_key(axes: Any, key: str, outcome: Outcome, sweep: SweepConfig) -> None
     share = outcome.importances.get(key)
     axes.set_xlabel(key if share is None else f"{key} (importance {share:.2f})")
     axes.set_ylabel(outcome.metric)
+    axes.margins(y=0.1)
     axes.grid(alpha=0.3)
 
 

@@ -143,9 +143,10 @@ def run_together(
                 thread.join(timeout=0.05)
             if outer.received is not None:
                 group.stop()
-    # A trial that was stopped because of another one says less than that one.
-    for error in sorted(group.errors, key=lambda error: isinstance(error, Interrupted)):
-        raise error
-    if outer.received is not None:
+    # A trial that was stopped because of another one, or of a signal, says less than these.
+    first = sorted(group.errors, key=lambda error: isinstance(error, Interrupted))[:1]
+    if outer.received is not None and (not first or isinstance(first[0], Interrupted)):
         raise Interrupted(outer.received, str(study.folder), step=None)
+    for error in first:
+        raise error
     return all(group.are_done)
