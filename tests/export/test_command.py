@@ -85,6 +85,7 @@ def test_a_run_is_merged_compared_and_described(
         assert text in card, card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["adapter", "mindspore"])
 def test_other_formats_of_a_run(to: str, run: Path, tmp_path: Path) -> None:
     record = export(run, tmp_path / "out", to)
@@ -92,6 +93,7 @@ def test_other_formats_of_a_run(to: str, run: Path, tmp_path: Path) -> None:
     assert record["verified"]["prompts"] == 12
 
 
+@pytest.mark.slow
 def test_an_adapter_folder_and_a_model_folder_are_exported(
     trained: Trained, tmp_path: Path
 ) -> None:
@@ -128,6 +130,7 @@ def test_what_differs_leaves_nothing(
     assert record["verified"] is None
 
 
+@pytest.mark.slow
 def test_another_template_is_a_difference(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +143,7 @@ def test_another_template_is_a_difference(
         export(run, tmp_path / "out", "merged")
 
 
+@pytest.mark.slow
 def test_folders_of_others_are_never_replaced(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -174,6 +178,7 @@ def test_wrong_options_are_told_before_anything_is_loaded(
         run_export("no-such-run", ExportOptions(out=str(tmp_path / "out"), **options))
 
 
+@pytest.mark.slow
 def test_gone_data_is_no_obstacle(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,7 +118,10 @@ def python_with_llama_cpp() -> str:
     return python
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in ("llama", "gemma3") else pytest.mark.slow) for n in FAMILIES],
+)
 def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
     trained = make_family(tmp_path, name)
     written = export(trained, tmp_path / "out", "f32")
@@ -153,7 +156,10 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     assert said["prompts"][0] == backend.encode_batch([text], add_special_tokens=False)[0].ids
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q5_0", "q4_0"])
+@pytest.mark.parametrize(
+    "kind",
+    ["q8_0", *(pytest.param(k, marks=pytest.mark.slow) for k in ("f16", "bf16", "q5_0", "q4_0"))],
+)
 def test_types(kind: str, tmp_path: Path) -> None:
     import gguf
 
@@ -184,6 +190,7 @@ def test_k_quants_are_refused_with_a_way_out() -> None:
     assert "llama-quantize" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_weights_beyond_f16_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -196,6 +203,7 @@ def test_weights_beyond_f16_are_refused(tmp_path: Path) -> None:
         export(trained, tmp_path / "out", "f16")
 
 
+@pytest.mark.slow
 def test_unknown_families_and_tokenizers_are_refused(tmp_path: Path) -> None:
     trained = make_family(tmp_path, "llama")
     trained.tokenizer.backend_tokenizer.pre_tokenizer = __import__(

@@ -62,8 +62,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+FAST = ("lora", "dora", "rows")
+
+
 @pytest.mark.parametrize("is_tied", [False, True], ids=["own head", "tied"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in KINDS]
+)
 def test_the_sum_is_that_of_peft(
     name: str, is_tied: bool, make_trained: MakeTrained, tmp_path: Path
 ) -> None:
@@ -73,12 +78,14 @@ def test_the_sum_is_that_of_peft(
     assert differences(trained, tmp_path / "merged") < 2e-6
 
 
+@pytest.mark.slow
 def test_biases_are_taken_over(make_trained: MakeTrained, tmp_path: Path) -> None:
     trained = make_trained(lora(bias="all"), attention_bias=True, mlp_bias=True)
     write(trained, tmp_path / "merged")
     assert differences(trained, tmp_path / "merged") < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_tied", [False, True], ids=["own head", "tied"])
 def test_new_tokens_get_rows(is_tied: bool, make_trained: MakeTrained, tmp_path: Path) -> None:
     rows = {"embed_tokens": [259, 260]} | ({} if is_tied else {"lm_head": [259, 260]})
@@ -90,6 +97,7 @@ def test_new_tokens_get_rows(is_tied: bool, make_trained: MakeTrained, tmp_path:
     assert differences(trained, tmp_path / "merged") < 2e-6
 
 
+@pytest.mark.slow
 def test_other_adapters_are_merged_by_peft(make_trained: MakeTrained, tmp_path: Path) -> None:
     from peft import LoHaConfig
 
@@ -108,6 +116,7 @@ def test_virtual_tokens_cannot_be_merged(make_trained: MakeTrained, tmp_path: Pa
     assert "--to adapter" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [(), ("no", "yes", "maybe")], ids=["reward", "classifier"])
 def test_models_of_scores_are_merged(
     labels: tuple[str, ...], make_trained: MakeTrained, tmp_path: Path
@@ -122,6 +131,7 @@ def test_models_of_scores_are_merged(
     assert differences(trained, tmp_path / "merged") < 2e-6
 
 
+@pytest.mark.slow
 def test_tied_weights_stay_tied_unless_training_parts_them(
     make_trained: MakeTrained, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def test_a_file_that_is_cut_off_is_refused(cut: int, tmp_path: Path) -> None:
         CkptWeights(tmp_path / "cut.ckpt")
 
 
+@pytest.mark.slow
 def test_an_export_holds_the_merged_model(
     make_trained: Callable[..., Trained], tmp_path: Path
 ) -> None:

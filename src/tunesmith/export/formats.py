@@ -28,6 +28,7 @@ from tunesmith.export.written import (
 )
 from tunesmith.io.safeload import ADAPTER_CONFIG, adapter_settings
 from tunesmith.model.heads import HEAD_FILE
+from tunesmith.model.load import HUB_ID
 from tunesmith.types import Reporter
 
 
@@ -69,7 +70,7 @@ def export_adapter(trained: Trained, folder: Path, request: Request, reporter: R
     for name in ADAPTER_FILES:
         if (trained.adapter / name).exists():
             shutil.copyfile(trained.adapter / name, folder / name)
-    _name_base(folder / ADAPTER_CONFIG, trained)
+    notes = _name_base(folder / ADAPTER_CONFIG, trained)
     write_tokenizer(trained, folder)
 
     def logits(samples: Any) -> Any:
@@ -78,14 +79,18 @@ def export_adapter(trained: Trained, folder: Path, request: Request, reporter: R
 
     has_template = trained.tokenizer.chat_template is not None
     prompts = folder_prompts(folder) if has_template else None
-    return Written("float32", "PEFT", logits, prompts, ())
+    return Written("float32", "PEFT", logits, prompts, notes)
 
 
-def _name_base(file: Path, trained: Trained) -> None:
-    """Names the base as others know it, where what the run loaded is a folder of our cache."""
+def _name_base(file: Path, trained: Trained) -> tuple[str, ...]:
+    """Names the base as others know it; a note where nobody else has it."""
     values = json.loads(file.read_text(encoding="utf-8"))
-    values["base_model_name_or_path"] = trained.base_name or values["base_model_name_or_path"]
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    name = trained.base_name
+    if HUB_ID.fullmatch(name) and "/" in name and not Path(name).exists():
+        values["base_model_name_or_path"] = name
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        return ()
+    return (f"the base is on this machine alone: {values['base_model_name_or_path']}",)
 
 
 EXPORTERS: dict[str, Exporter] = {
