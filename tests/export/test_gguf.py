@@ -305,7 +305,7 @@ def test_llama_cpp_reads_sentencepieces_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
 def test_llama_cpp_cuts_texts_as_real_tokenizers_do(
     name: str, tokenizers_folder: Path, tmp_path: Path
 ) -> None:
