@@ -54,6 +54,7 @@ def test_a_run_beside_its_base_on_what_it_held_out(
     assert "validation" in page
 
 
+@pytest.mark.slow
 def test_again_it_answers_nothing_twice(trained: Path) -> None:
     run_evaluate(str(trained), [], FEW)
     file = trained / "evaluation/validation/after.jsonl"
@@ -65,6 +66,7 @@ def test_again_it_answers_nothing_twice(trained: Path) -> None:
     assert all(json.loads(line)["completion_tokens"] <= 4 for line in file.read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_a_model_alone_on_data(
     tiny_model_folder: Path, write_jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -78,6 +80,7 @@ def test_a_model_alone_on_data(
     assert found["effect"] is None
 
 
+@pytest.mark.slow
 def test_training_without_an_effect_is_an_error(
     tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -94,6 +97,7 @@ def test_training_without_an_effect_is_an_error(
     assert caught.value.code == "evaluate.no-effect"
 
 
+@pytest.mark.slow
 def test_files_of_predictions_are_compared_without_models(trained: Path, tmp_path: Path) -> None:
     run_evaluate(str(trained), [], FEW)
     folder = trained / "evaluation" / "validation"

@@ -61,6 +61,7 @@ def test_any_row_with_an_answer_can_be_asked(write_jsonl: Any, byte_tokenizer: A
     assert len({each.id for each in found}) == len(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "llama3_1", "deepseek_v3"])
 def test_the_prompt_is_what_training_saw(
     tokenizers_folder: Path, write_jsonl: Any, name: str

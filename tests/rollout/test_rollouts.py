@@ -181,7 +181,7 @@ def test_mini_batches_part_the_prompts(policy: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("grpo", "ppo") else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
+    [n if n == "grpo" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
 )
 def test_rewards_rise(policy: Callable[..., Path], tmp_path: Path, name: str) -> None:
     train = {"epochs": 8, "global_batch": 8, "micro_batch_tokens": 2000, "learning_rate": 0.01}

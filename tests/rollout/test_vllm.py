@@ -160,6 +160,7 @@ def test_a_signal_ends_it_within_a_token(recipe: Callable[..., Path]) -> None:
         assert rollouts.current is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("installed")
 def test_a_run_with_it_learns_measures_and_resumes(
     recipe: Callable[..., Path], tmp_path: Path
