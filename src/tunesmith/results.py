@@ -26,7 +26,7 @@ from tunesmith.export.result import write_result
 from tunesmith.infer.chat_model import stop_ids
 from tunesmith.infer.sample import Drawing, sample_answers
 from tunesmith.io.atomic import write_atomic
-from tunesmith.io.redact import redact
+from tunesmith.io.redact import redact_tree
 from tunesmith.job import Job
 from tunesmith.ops.memory_errors import is_out_of_memory
 from tunesmith.rollout.prompts import Prompt, prompts_of
@@ -112,8 +112,8 @@ def _keep_answers(file: Path, rows: list[dict[str, Json]]) -> None:
         kept = map(json.loads, file.read_text(encoding="utf-8").splitlines())
         rows = [*(row for row in kept if row["step"] == 0), *rows]
     file.parent.mkdir(exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-    write_atomic(file, redact("".join(f"{line}\n" for line in lines)))
+    lines = (json.dumps(redact_tree(row), ensure_ascii=False) for row in rows)
+    write_atomic(file, "".join(f"{line}\n" for line in lines))
 
 
 def finish(run: Run, job: Job, state: TrainState, memory: dict[str, int]) -> dict[str, Json]:
@@ -134,7 +134,8 @@ def finish(run: Run, job: Job, state: TrainState, memory: dict[str, int]) -> dic
 
 def _list_hard_rows(run: Run, job: Job, folder: Path) -> None:
     """The rows whose losses were highest in the last epoch: often those with wrong labels."""
-    losses = read_sample_losses(folder)
+    # An earlier start may have had other data (--allow-changes).
+    losses = read_sample_losses(folder, lambda sample: sample < run.loader.store.num_samples)
     if not losses:
         return
     last = {sample: of_epoch[max(of_epoch)] for sample, of_epoch in losses.items()}
@@ -144,8 +145,8 @@ def _list_hard_rows(run: Run, job: Job, folder: Path) -> None:
         of_epoch = losses[prompt.sample]
         epochs: list[Json] = [of_epoch.get(epoch) for epoch in range(max(of_epoch) + 1)]
         rows.append({**_shown(run.loader, prompt), "epochs": epochs})
-    text = json.dumps({"rows": rows, "samples": len(losses)}, ensure_ascii=False, indent=1)
-    write_atomic(folder / "losses.json", redact(text))
+    tree = redact_tree({"rows": rows, "samples": len(losses)})
+    write_atomic(folder / "losses.json", json.dumps(tree, ensure_ascii=False, indent=1))
 
 
 def _shown(loader: Loader, prompt: Prompt) -> dict[str, Json]:

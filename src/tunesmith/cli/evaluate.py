@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -68,7 +67,8 @@ def run_evaluate(target: str, data: Sequence[str], options: EvaluateOptions) -> 
         evaluation = _evaluation(found, folder, options, notes, reporter)
     write_evaluation(evaluation, folder)
     if options.is_json:
-        typer.echo(json.dumps(evaluation.as_json(), ensure_ascii=False, indent=1))
+        # As written: without secrets, and without NaN, which is no JSON.
+        typer.echo((folder / "evaluation.json").read_text(encoding="utf-8").rstrip())
     show_evaluation(console, evaluation)
     console.print(f"rows: {folder / 'rows.jsonl'}", highlight=False, soft_wrap=True)
     if recipe_of(target) is not None and options.out is None:
@@ -167,6 +167,9 @@ def _sides(
             if row.label is not None and row.id in each.labels
         }
         figures = label_figures(ids, of_labels)
+        if any(one.vocabulary != each.vocabulary for one in found):
+            # Of other tokens: shown, and not compared.
+            figures = [replace(figure, better="neither") for figure in figures]
         if rows:
             figures += measure_rows(rows, names, how)
         losses = {name: -float(one.logp_L.double().mean()) for name, one in of_labels.items()}

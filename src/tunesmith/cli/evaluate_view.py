@@ -21,9 +21,10 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
         console.print("95 % intervals and p-values over rows; ↑ more is better, ↓ less is.")
     if evaluation.effect is not None:
         effect = evaluation.effect
+        far = f", divergence {effect.kl_nats:.3g} nats a token" if effect.kl_tokens else ""
         console.print(
             f"effect of training: {effect.answers_changed:.0%} of {effect.num_rows:,} answers "
-            f"changed, divergence {effect.kl_nats:.3f} nats a token",
+            f"changed{far}",
             highlight=False,
         )
     for note in evaluation.notes:

@@ -29,7 +29,7 @@ from tunesmith.cli.console import (
     format_seconds,
     quiet_libraries,
 )
-from tunesmith.data.sources import find_sources
+from tunesmith.data.sources import Source, find_sources
 from tunesmith.engine.signals import StopSignal
 from tunesmith.errors import RunError
 from tunesmith.evaluate.predict import Predicted, predict_file
@@ -126,6 +126,7 @@ def _predict(
     out = Path(options.out)
     path = out if step is None else out.with_name(f"{out.stem}.step-{step}{out.suffix}")
     lines = path if path.suffix not in TABLES else path.with_suffix(".jsonl")
+    _check_apart((path, lines), sources)
     _show_start(console, opened, options)
     predicted = predict_file(
         lines,
@@ -139,6 +140,19 @@ def _predict(
     if path != lines:
         write_table(path, predicted.predictions)
     _show_end(console, predicted, path)
+
+
+def _check_apart(written: Sequence[Path], sources: Sequence[Source]) -> None:
+    """Refuses to write over the data."""
+    read = {file.resolve() for source in sources for file in source.files}
+    for path in written:
+        if path.resolve() in read:
+            raise RunError(
+                "run.predictions-format",
+                f"--out {path}",
+                found="the file that is asked",
+                expected="a file of its own for the predictions",
+            )
 
 
 def _check_form(out: Path) -> None:

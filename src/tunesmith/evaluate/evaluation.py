@@ -19,7 +19,7 @@ from tunesmith.evaluate.intervals import Measured, compare
 from tunesmith.evaluate.prediction import Prediction
 from tunesmith.evaluate.scores import Comparison, Score
 from tunesmith.io.atomic import write_atomic
-from tunesmith.io.redact import redact, redact_tree
+from tunesmith.io.redact import redact_tree
 
 VERSION = 1
 Role = Literal["before", "after"]
@@ -160,8 +160,10 @@ def build_evaluation(
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Writes `evaluation.json` and `rows.jsonl`, the latter first."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(_finite(row), ensure_ascii=False) for row in evaluation.rows())
-    write_atomic(folder / "rows.jsonl", redact("".join(f"{line}\n" for line in lines)))
+    # Row by row: a secret without an end would take the rows behind it along.
+    rows = (redact_tree(_finite(row)) for row in evaluation.rows())
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    write_atomic(folder / "rows.jsonl", "".join(f"{line}\n" for line in lines))
     tree = redact_tree(_finite(evaluation.as_json()))
     text = json.dumps(tree, ensure_ascii=False, indent=1, allow_nan=False)
     write_atomic(folder / "evaluation.json", f"{text}\n")

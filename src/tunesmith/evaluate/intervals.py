@@ -196,7 +196,7 @@ def compare(
     if before.is_share and after.is_share:
         p_value, test = mcnemar(before.rows, after.rows), "mcnemar-exact"
     else:
-        p_value = _bootstrap_p(found, difference_B)
+        p_value = _bootstrap_p(found, difference_B, min(before.num_rows, after.num_rows))
         test = f"paired-bootstrap|n:{resamples}|seed:{seed}"
     return Comparison(
         metric=before.name,
@@ -264,13 +264,15 @@ def _percentiles(values_B: NDArray[Any]) -> tuple[float | None, float | None]:
     return float(low), float(high)
 
 
-def _bootstrap_p(found: float, difference_B: Floats) -> float:
+def _bootstrap_p(found: float, difference_B: Floats, num_rows: int) -> float:
     if not difference_B.size or not math.isfinite(found):
         return 1.0
     # Sums of rounded numbers: a difference as far out as the one found must count as such.
-    limit = abs(found) * (1 - 1e-9)
+    # Resampled differences spread too little by this factor (the variance's n instead of n - 1).
+    limit = abs(found) * (1 - 1e-9) * math.sqrt(1 - 1 / max(num_rows, 1))
     num_as_far = int((np.abs(difference_B - difference_B.mean()) >= limit).sum())
-    return (num_as_far + 1) / (len(difference_B) + 1)
+    # So many rows cannot say more, even if all of them agree: the sign test's smallest p.
+    return max((num_as_far + 1) / (len(difference_B) + 1), 2.0 ** (1 - num_rows))
 
 
 def _check_paired(before: Measured, after: Measured) -> None:

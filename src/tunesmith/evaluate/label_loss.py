@@ -6,6 +6,7 @@ Shape letters: R rows, K statistics of a row, B resamples.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,8 +111,14 @@ def _answered(sample: Sample) -> Sample | None:
         case Preference():
             return Conversation((*sample.prompt, *sample.chosen), sample.origin, sample.tools)
         case Rated():
-            return sample.conversation
-        case Conversation() | Completion():
+            return _answered(sample.conversation)
+        case Conversation():
+            # As it is asked: the last message is the label, whatever weight training gave it.
+            *before, last = sample.messages
+            if last.role != "assistant":
+                return None
+            return replace(sample, messages=(*before, replace(last, weight=1.0)))
+        case Completion():
             return sample
         case _:
             return None

@@ -75,7 +75,7 @@ class PredictionFile:
             DataError: the file is none of predictions (`data.not-predictions`).
             DiskError: the settings cannot be written (`disk.write`).
         """
-        if restart:
+        if restart and self.settings_path.exists():  # nothing but predictions is ever emptied
             file.truncate(0)
         if self.path.stat().st_size:
             self._compare(settings)

@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from email.message import Message
 from email.utils import parsedate_to_datetime
@@ -129,8 +130,8 @@ class Endpoint:
     def _post(self, way: str, body: dict[str, Any]) -> dict[str, Any]:
         reason, pause = "", self.retry_seconds
         for attempt in range(self.attempts):
-            if attempt:
-                self.wait(min(pause, MAX_RETRY_SECONDS))
+            if attempt and self.wait(min(pause, MAX_RETRY_SECONDS)) is True:
+                break  # the work was given up
             try:
                 return self._send(way, body)
             except _PassingError as error:
@@ -139,12 +140,16 @@ class Endpoint:
         raise self.failure(f"{reason} (the last of {self.attempts} attempts)")
 
     def _send(self, way: str, body: dict[str, Any]) -> dict[str, Any]:
-        opener = urllib.request.build_opener(_NoRedirects)
+        opener, said = urllib.request.build_opener(_NoRedirects), ""
         try:
             with opener.open(self._request(way, body), timeout=self.timeout_seconds) as response:
                 text = response.read(MAX_ANSWER_BYTES)
+                # `read` says nothing of a connection that broke in the middle.
+                length = int(response.headers.get("Content-Length") or 0)
+                if len(text) < min(length, MAX_ANSWER_BYTES):
+                    raise _PassingError("an answer that broke off")
         except urllib.error.HTTPError as error:
-            with error:
+            with error, suppress(OSError, HTTPException):
                 said = error.read(300).decode(errors="replace")
             if error.code == 400 and "max_completion_tokens" in said and "max_tokens" in body:
                 # Newer models of OpenAI know the limit under this name alone.
@@ -301,7 +306,8 @@ def _answer(
 ) -> Answer:
     usage = found.get("usage") or {}
     return Answer(
-        text,
+        # Half of a pair, which JSON can spell and no file hold.
+        text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
         "length" if choice.get("finish_reason") == "length" else "stop",
         int(usage.get("prompt_tokens", 0)),
         int(usage.get("completion_tokens", 0)),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -15,6 +17,18 @@ from tunesmith.infer.batch import Row, answer_of, context_tokens
 from tunesmith.infer.stop_text import StopTexts
 from tunesmith.ops.memory_errors import is_out_of_memory
 from tunesmith.types import Tokenizer
+
+NEUTRAL: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+}
+"""In place of what a model's own generation config says: slots know none of it, and a model is
+compared with the one that it began as, which may be answered for by them."""
 
 
 @dataclass
@@ -48,7 +62,7 @@ class GenerateEngine:
         ]
         waiting.sort(key=lambda row: -len(row.prompt))
         while waiting:
-            batch = waiting[: self.at_once]
+            batch = _together(waiting[: self.at_once], context)
             if self._try(batch, answering, stops):
                 del waiting[: len(batch)]
                 for row in batch:
@@ -77,6 +91,8 @@ class GenerateEngine:
 
     @torch.inference_mode()
     def _generate(self, rows: list[Row], answering: Answering, stops: StopTexts) -> None:
+        for row in rows:  # memory may have ended in the middle of the last try
+            row.begin_anew()
         longest = max(len(row.prompt) for row in rows)
         filler = self.tokenizer.eos_token_id
         ids_BT, mask_BT = (
@@ -92,6 +108,7 @@ class GenerateEngine:
             pad_token_id=filler,
             return_dict_in_generate=True,
             output_logits=answering.has_logprobs,
+            **NEUTRAL,
             **_drawing(answering),
         )
         heat = answering.temperature if answering.temperature > 0 else 1.0
@@ -105,6 +122,12 @@ class GenerateEngine:
                 row.is_complete = token in self.stop_ids or stops.have_come(row.ids)
                 if row.is_complete or len(row.ids) == row.most:
                     break
+
+
+def _together(rows: list[Row], context: int | None) -> list[Row]:
+    """The first rows that go on behind the longest prompt without leaving the context."""
+    room = math.inf if context is None else context - len(rows[0].prompt)
+    return list(takewhile(lambda row: row is rows[0] or row.most <= room, rows))
 
 
 def _prompt(row: Row) -> list[int]:

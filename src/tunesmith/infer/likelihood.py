@@ -167,7 +167,8 @@ def _logits(model: Any, answers: Sequence[GivenAnswer]) -> Iterator[torch.Tensor
         where["attention_mask"] = mask_BT.to(model.device)
         where["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0).to(model.device)
     # As numbers: of a slice, torch 2.13 multiplies each row by a copy of the head (6 s, not 0.3).
-    kept = torch.arange(longest - most - 1, longest, device=model.device)
+    # From the end: PEFT may have put virtual tokens before the first one.
+    kept = torch.arange(-most - 1, 0, device=model.device)
     ids_BT = ids_BT.to(model.device)
     out = model(input_ids=ids_BT, use_cache=False, logits_to_keep=kept, **where)
     for row, answer in enumerate(answers):

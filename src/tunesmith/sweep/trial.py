@@ -15,6 +15,7 @@ from tunesmith.config.load import LoadedRecipe
 from tunesmith.engine.events import read_events
 from tunesmith.engine.signals import StopSignal
 from tunesmith.errors import (
+    DiskError,
     Interrupted,
     LockError,
     RecipeError,
@@ -159,7 +160,8 @@ def run_trial(
             raise
         return _end(study, watcher, number, "PRUNED", "others do better", clock() - started)
     except TunesmithError as error:
-        if error.code == "recipe.sweep":
+        # A full disk says nothing of the trial's values.
+        if error.code == "recipe.sweep" or isinstance(error, DiskError):
             raise
         return _end(study, watcher, number, "FAIL", str(error).splitlines()[0], clock() - started)
     return _end(study, watcher, number, "COMPLETE", "", clock() - started)

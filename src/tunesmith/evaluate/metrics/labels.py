@@ -63,10 +63,12 @@ def classify_probabilities(
         the figures; of those that one class alone gives no value, AUROC and AUPRC, none.
     """
     options = options or MeasureOptions()
-    labels = tuple(probabilities[0]) if probabilities else ()
-    answered = [max(labels, key=lambda label, row=row: row[label]) for row in probabilities]
+    answered = [max(row, key=lambda label, row=row: row[label]) for row in probabilities]
+    # A label that the classifier does not know can only be got wrong.
+    known = dict.fromkeys(probabilities[0]) if probabilities else dict[str, None]()
+    labels = tuple(known | dict.fromkeys(label for label in real if label is not None))
     positive = _positive_of(labels, options.positive_class)
-    chances = None if positive is None else [row[positive] for row in probabilities]
+    chances = None if positive is None else [row.get(positive, 0.0) for row in probabilities]
     source: Literal["probabilities"] = "probabilities"
     found = _figures(
         real, answered, labels, positive, options.betas, chances=chances, chances_from=source
