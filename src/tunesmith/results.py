@@ -138,6 +138,8 @@ def _list_hard_rows(run: Run, job: Job, folder: Path) -> None:
     losses = read_sample_losses(folder, lambda sample: sample < run.loader.store.num_samples)
     if not losses:
         return
+    if max(map(max, losses.values())) < 1:
+        return  # seen once: what is high is only new
     last = {sample: of_epoch[max(of_epoch)] for sample, of_epoch in losses.items()}
     hardest = sorted(last, key=lambda sample: -last[sample])[:HARD_ROWS]
     rows: list[Json] = []

@@ -118,7 +118,9 @@ def test_without_held_out_rows_it_is_measured_all_the_same(
 def test_general_data_of_long_rows_alone_is_refused(
     tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "general.jsonl").write_text(json.dumps({"text": "x" * 1100}) + "\n", encoding="utf-8")
+    (tmp_path / "general.jsonl").write_text(
+        json.dumps({"text": "x" * 1100}) + "\n", encoding="utf-8"
+    )
     recipe = tiny_recipe(evaluate={"general": "general.jsonl"})
     with pytest.raises(DataError) as caught:
         fine_tune(load_recipe(recipe))

@@ -25,6 +25,7 @@ from tunesmith.cli.evaluating import (
 )
 from tunesmith.cli.predict import AnswerReporter
 from tunesmith.engine.signals import StopSignal
+from tunesmith.errors import EvaluationError
 from tunesmith.evaluate.effect import Effect, find_effect
 from tunesmith.evaluate.evaluation import (
     Evaluation,
@@ -38,7 +39,7 @@ from tunesmith.evaluate.judge import prefer, rate
 from tunesmith.evaluate.label_loss import label_figures
 from tunesmith.evaluate.metrics import MeasureOptions, measure_rows
 from tunesmith.evaluate.metrics.auto import fitting_metrics
-from tunesmith.evaluate.metrics.measure import common_rows
+from tunesmith.evaluate.metrics.measure import check_metrics, common_rows
 from tunesmith.evaluate.prediction import Prediction, read_predictions
 from tunesmith.evaluate.report import write_report
 from tunesmith.evaluate.scores import Comparison, Score
@@ -53,6 +54,7 @@ __all__ = ["EvaluateOptions", "run_evaluate"]
 def run_evaluate(target: str, data: Sequence[str], options: EvaluateOptions) -> None:
     """Measures a model, or two side by side, and says what is better."""
     check_judge(options)
+    check_metrics(options.metrics if options.metrics == "auto" else _names(options))
     quiet_libraries()
     prepare_machine(find_device())
     console = Console(stderr=options.is_json)
@@ -76,6 +78,11 @@ def run_evaluate(target: str, data: Sequence[str], options: EvaluateOptions) -> 
         console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
+def _names(options: EvaluateOptions) -> list[str]:
+    """The metrics that are named; `auto` is no name."""
+    return [name.strip() for name in options.metrics.split(",") if name.strip()]
+
+
 def _folder(target: str, data: Sequence[str], options: EvaluateOptions) -> Path:
     """Where the results go: into the run, or beside where the command is given."""
     if options.out is not None:
@@ -85,6 +92,8 @@ def _folder(target: str, data: Sequence[str], options: EvaluateOptions) -> Path:
     if not data and options.benchmarks:
         name = "benchmarks"
     name += f"-{options.rows}" if options.rows else ""
+    if options.against != "base":
+        name += "-alone" if options.against == "none" else f"-against-{Path(options.against).stem}"
     path = Path(target).expanduser()
     if recipe_of(target) is not None:
         return path / "evaluation" / name
@@ -111,8 +120,26 @@ def _measure(
     if len(found) == 2 and found[0].vocabulary != found[1].vocabulary:
         notes.append("the models have other tokenizers: their losses do not compare")
     if rows is not None:
-        notes.append(f"answers have at most {options.max_new_tokens:,} tokens")
+        notes += [*rows.notes, *_said_of_answers(found, options)]
     return found, notes
+
+
+FEW_ROWS = 20
+
+
+def _said_of_answers(found: Sequence[Found], options: EvaluateOptions) -> list[str]:
+    """What makes figures of answers less than they seem."""
+    notes = [f"answers have at most {options.max_new_tokens:,} tokens"]
+    for each in found:
+        num_cut = sum(row.finish_reason == "length" for row in each.predictions)
+        if num_cut:
+            notes.append(
+                f"{each.target}: {num_cut:,} of {len(each.predictions):,} answers were cut there, "
+                "which their metrics suffer from; a larger --max-new-tokens lets them end"
+            )
+    if len(found[-1].predictions) < FEW_ROWS:
+        notes.append(f"fewer than {FEW_ROWS} rows: intervals are too narrow, verdicts too sure")
+    return notes
 
 
 def _read_files(target: str, options: EvaluateOptions) -> list[Found]:
@@ -120,7 +147,17 @@ def _read_files(target: str, options: EvaluateOptions) -> list[Found]:
     files = [target]
     if options.against not in ("base", "none"):
         files.insert(0, options.against)
-    return [Found(file, read_predictions(Path(file))) for file in files]
+    found = [Found(file, read_predictions(Path(file))) for file in files]
+    for each in found:
+        if not each.predictions:
+            raise EvaluationError(
+                "evaluate.no-rows",
+                each.target,
+                found="no predictions",
+                expected="at least one",
+                try_="run `tunesmith predict` again",
+            )
+    return found
 
 
 def _evaluation(
@@ -154,7 +191,7 @@ def _sides(
 ) -> list[Side]:
     """Each model's figures, by the metrics that fit the first one's rows."""
     how = MeasureOptions(allows_code=options.allows_code, reporter=reporter)
-    names: Sequence[str] = [name for name in options.metrics.split(",") if name]
+    names: Sequence[str] = _names(options)
     if options.metrics == "auto":
         names = fitting_metrics(answers[0], how) if answers[0] else ()
     roles: list[Role] = ["before", "after"] if len(found) == 2 else ["after"]

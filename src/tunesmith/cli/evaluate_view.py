@@ -40,14 +40,14 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
 def _figures(evaluation: Evaluation) -> Table:
     title = f"{evaluation.data}: {len(evaluation.sides[-1].predictions):,} rows"
     table = Table(title=title, title_justify="left")
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)
     for side in evaluation.sides:
         table.add_column(
             f"{side.role}\n{side.target}" if len(evaluation.sides) > 1 else side.target
         )
     if evaluation.comparisons:
         table.add_column("difference")
-        table.add_column("p")
+        table.add_column("p", no_wrap=True)
         table.add_column("verdict")
     by_metric = {each.metric: each for each in evaluation.comparisons}
     sides = [{s.name: s for s in evaluation.scores[side.role]} for side in evaluation.sides]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 from tunesmith.cli.answering import Opened, open_renderer, open_server, open_target
 from tunesmith.cli.check import load_data
 from tunesmith.config.load import LoadedRecipe
-from tunesmith.config.recipe import Recipe
+from tunesmith.config.recipe import LogConfig, Recipe
 from tunesmith.data.sources import Source, find_recipe_sources, find_sources
 from tunesmith.data.templates import Renderer
 from tunesmith.errors import EvaluationError, RunError
@@ -76,12 +77,14 @@ class Rows:
         sources: where they are.
         loaded: the recipe around them.
         places: file and line of those that count; None for all.
+        notes: what the reader must know of them.
     """
 
     label: str
     sources: Sequence[Source]
     loaded: LoadedRecipe
     places: frozenset[tuple[str, int]] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -158,11 +161,13 @@ def find_rows(target: str, data: Sequence[str], reporter: Reporter) -> Rows:
     Raises:
         RunError: no data is named and the run has held nothing out (`run.no-validation`).
     """
-    if data:
-        loaded = load_data(data)
-        sources = find_sources(loaded.recipe.data, loaded.locate, reporter).train
-        return Rows(Path(sources[0].config.path).stem, sources, loaded)
     recipe = recipe_of(target)
+    if data:
+        loaded = _as_trained(load_data(data), recipe)
+        sources = find_sources(loaded.recipe.data, loaded.locate, reporter).train
+        return Rows(Path(sources[0].config.path).stem, sources, loaded, notes=_said_of(recipe))
+    if recipe is not None:  # what a tracker needs is no matter here
+        recipe = recipe.model_copy(update={"log": LogConfig()})
     loaded = LoadedRecipe(recipe, target, Path.cwd()) if recipe else None
     job = prepare(loaded, reporter) if loaded else None
     if loaded is None or job is None or not len(job.split.validation):
@@ -180,7 +185,50 @@ def find_rows(target: str, data: Sequence[str], reporter: Reporter) -> Rows:
         (f"{each.path}:{each.sheet}" if each.sheet else each.path, each.line) for each in origins
     }
     read = sources.validation or sources.stored
-    return Rows("validation", read, loaded, frozenset(places))
+    notes = [*_said_of(recipe), *_changed_since(target, job.fingerprints)]
+    return Rows("validation", read, loaded, frozenset(places), tuple(notes))
+
+
+def _as_trained(loaded: LoadedRecipe, trained: Recipe | None) -> LoadedRecipe:
+    """Data named on the command line, asked as the run was: both models, by its template."""
+    if trained is None:
+        return loaded
+    given, own = loaded.recipe.data, trained.data
+    update = {
+        "template": given.template if given.template != "auto" else own.template,
+        "thinking": given.thinking if given.thinking != "auto" else own.thinking,
+        "template_arguments": {**own.template_arguments, **given.template_arguments},
+    }
+    model = loaded.recipe.model
+    if model.dtype == "auto":
+        model = model.model_copy(update={"dtype": trained.model.dtype})
+    data = given.model_copy(update=update)
+    recipe = loaded.recipe.model_copy(update={"data": data, "model": model})
+    return replace(loaded, recipe=recipe)
+
+
+def _said_of(recipe: Recipe | None) -> tuple[str, ...]:
+    if recipe is None or recipe.model.quantize == "none":
+        return ()
+    return (
+        f"the run was trained on its base in {recipe.model.quantize}, the base is measured in its "
+        "own precision: the difference is that of both",
+    )
+
+
+def _changed_since(target: str, fingerprints: Mapping[str, str]) -> list[str]:
+    """A word on data that is not what the run was trained on: its split is another one, too."""
+    states = sorted((Path(target).expanduser() / "checkpoints").glob("step-*/state.json"))
+    if not states:
+        return []
+    known = json.loads(states[-1].read_text(encoding="utf-8")).get("fingerprints", {})
+    changed = [name for name, value in fingerprints.items() if known.get(name, value) != value]
+    if not changed:
+        return []
+    return [
+        f"{', '.join(changed)} changed since the training: rows held out now may have been "
+        "trained on"
+    ]
 
 
 def open_model(target: str, rows: Rows, options: EvaluateOptions, reporter: Reporter) -> Model:

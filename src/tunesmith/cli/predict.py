@@ -247,8 +247,9 @@ class AnswerReporter(ConsoleReporter):
                 progress.update(task, completed=count, speed=speed)
                 if not is_terminal and now - told > SECONDS_BETWEEN_LINES:
                     told = now
+                    told_speed = f"{speed}, " if speed else ""
                     left = format_seconds((now - started) / count * (total - count))
-                    self.note(f"{label}: {count:,} of {total:,} rows, {speed}, {left} left")
+                    self.note(f"{label}: {count:,} of {total:,} rows, {told_speed}{left} left")
 
 
 def _show_start(console: Console, opened: Opened, options: PredictOptions) -> None:

@@ -89,8 +89,9 @@ class Evaluation:
         }
 
     def _fingerprint(self) -> str:
-        """Of what was asked and of the labels."""
+        """Of what was asked, of the labels, how it was answered, and beside what."""
         rows = [[each.id, each.label] for each in self.sides[-1].predictions]
+        rows.append([*(side.target for side in self.sides[:-1]), *self.notes[:1]])
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]
 
     def _model(self, side: Side) -> dict[str, Any]:

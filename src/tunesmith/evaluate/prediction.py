@@ -63,9 +63,15 @@ def read_predictions(file: Path) -> list[Prediction]:
     """The predictions of a file, in its order; a last line that was cut by a kill is left out.
 
     Raises:
-        DataError: lines are not what `tunesmith predict` writes (`data.not-predictions`).
+        DataError: it cannot be read, or is not what `tunesmith predict` writes
+            (`data.not-predictions`).
     """
-    lines = file.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        wanted = "a file that `tunesmith predict` wrote"
+        problem = Problem(str(file), "data.not-predictions", str(error), wanted)
+        raise DataError([problem]) from error
     found: list[Prediction] = []
     for number, line in enumerate(lines[:-1], 1):
         try:

@@ -129,6 +129,16 @@ def common_rows(
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 
+def check_metrics(names: Names) -> None:
+    """Refuses names that nothing is known of, before a model is loaded for them.
+
+    Raises:
+        UserError: a name is unknown (`evaluate.unknown-metric`).
+    """
+    if not isinstance(names, str):
+        _chosen(names)
+
+
 def _chosen(names: Sequence[str]) -> list[tuple[Metric, str | None]]:
     """The metrics with the single figure that is wanted of each, None for all of them.
 

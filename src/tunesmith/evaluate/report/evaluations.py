@@ -30,6 +30,10 @@ BY_THE_WAY = (
 """Parts of the names of metrics that tell how answers are, not whether they are right."""
 
 
+ENOUGH_ROWS = 20
+"""With fewer, intervals are too narrow to stand in a headline."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What one model answered to a row.
@@ -253,5 +257,7 @@ def read_lines(file: Path, most: int) -> Iterator[dict[str, Any]]:
 
 
 def newest_with(evaluations: Sequence[Evaluation]) -> Evaluation | None:
-    """The newest evaluation that says something."""
-    return next((each for each in evaluations if each.models or each.rows), None)
+    """The newest evaluation; if there is one, beside the base and on enough rows."""
+    said = [each for each in evaluations if each.models or each.rows]
+    of_training = [each for each in said if each.effect and each.num_rows >= ENOUGH_ROWS]
+    return next(iter([*of_training, *(each for each in said if each.num_rows), *said]), None)
