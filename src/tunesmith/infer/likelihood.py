@@ -17,7 +17,7 @@ from tunesmith.infer.sample import generating
 BATCH_TOKENS = 2048
 """Of a batch, padding included: enough rows for the products of a CPU, little memory anywhere."""
 
-LOGITS_BYTES = 256 * 2**20
+LOGITS_BYTES = 64 * 2**20
 """Logits of a batch in fp32, unless one answer alone has more."""
 
 TOP_TOKENS = 64
