@@ -333,10 +333,14 @@ BAD_ARGUMENTS = {"shell": True, "allow_pickle": True, "trust_remote_code": True}
 UNPACKERS = {"extractall", "extract"}
 
 NUMPY_REASON = "maps our own token store; numpy unpickles only with allow_pickle=True"
+OWN_FILES_REASON = "loads what this process has just written, by its target's loader; no code"
 ALLOWED = {
     "data/build.py:np.load": NUMPY_REASON,
     "data/store.py:np.load": NUMPY_REASON,
     "reference_pass.py:np.load": "reads its own parts, behind their manifest; the same",
+    "export/gguf_reload.py:np.load": "of a child that it has started itself; without pickles",
+    "export/gguf_reload.py:AutoModelForCausalLM.from_pretrained": OWN_FILES_REASON,
+    "export/quantized.py:AutoModelForCausalLM.from_pretrained": OWN_FILES_REASON,
 }
 """`file:name` of a call that is fine all the same, with the reason."""
 
