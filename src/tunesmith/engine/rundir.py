@@ -43,7 +43,11 @@ ROUNDING_KEYS = (
 """What may change, too: the same samples in the same steps, sums in another order."""
 
 
-LEFT_BY_A_START = ("recipe.resolved.yaml", "events.jsonl", "heartbeat.json", "stacks-")
+LEFT_BY_A_START = (
+    *("recipe.resolved.yaml", "events.jsonl", "heartbeat.json", "stacks-"),
+    *("report.html", "samples", "trackers", "forgetting.safetensors"),
+)
+"""Files and folders of a start that was broken off before it knew its recipe."""
 
 
 @dataclass(frozen=True)
